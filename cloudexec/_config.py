@@ -1,6 +1,6 @@
-"""Settings, as frozen dataclasses that check their values when they are made.
+"""Settings, as frozen dataclasses that check the range of their values when they are made.
 
-The range of each setting is checked here. What the settings lead to is decided in ``_core``.
+``_core`` decides by these settings.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def check_positive(name: str, value: float | None, *, zero: bool = False) -> Non
 
 
 def check_addresses(listen: str | None, advertise: str | None) -> None:
-    """Refuse what cannot be listened on or dialled.
+    """Refuse addresses that cannot be listened on or dialled.
 
     Raises:
-        ConfigError: Naming it.
+        ConfigError: Naming the address.
     """
     if listen is not None and (not isinstance(listen, str) or ":" not in listen):
         raise ConfigError(f"listen must be 'host:port', such as '127.0.0.1:0', not {listen!r}")
@@ -106,7 +106,7 @@ def format_bytes(size: float) -> str:
 
 
 Predicate = Callable[[BaseException], object]
-"""Says of an exception whether the task that raised it is to be run again."""
+"""Takes the exception of a task, and returns whether the task is run again."""
 
 
 @record(kw_only=True)
@@ -123,9 +123,9 @@ class TaskOptions:
     """Memory that the task needs and may use, as bytes or text. ``None`` means one slot's share of
     its worker, without a limit."""
     gpus: int | None = None
-    """GPUs that it needs."""
+    """GPUs that the task needs."""
     retry_on: tuple[type[BaseException], ...] | Predicate | None = None
-    """Exceptions that are a reason to run it again."""
+    """Exceptions after which the task is run again."""
     name: str | None = None
     """The task's name in logs and reports; ``None`` means the name of its function."""
     priority: int = 0
@@ -135,9 +135,10 @@ class TaskOptions:
     keep: bool = False
     """Whether the result stays on the worker; the future then has a ``Ref`` that stands for it."""
     on_loss: str = "recompute"
-    """What to do when a kept result is lost with its worker: ``"recompute"`` or ``"raise"``."""
+    """Reaction to the loss of a kept result with its worker: ``"recompute"`` or ``"raise"``."""
     key: str | Callable[..., object] | None = None
-    """What identifies the call in a journal, in place of its function and arguments."""
+    """Key of the call in a journal, or a function that returns the key for the call's arguments.
+    ``None`` means a key that is made from the task's function and arguments."""
 
     def __post_init__(self) -> None:
         check_positive("timeout", self.timeout)
@@ -252,21 +253,21 @@ class RetryPolicy:
     """How failed launches, and tasks that raised, are tried again."""
 
     launch_failures: int = 3
-    """Launches that may fail in a row before waiting tasks fail with ``LaunchError``. Those that
-    were asked for together and could not be started count once. Each worker counts that started
-    and did not connect within ``launch_timeout``."""
+    """Launches that may fail in a row before waiting tasks fail with ``LaunchError``. Workers that
+    were requested together and could not be started count once. A worker that was started and did
+    not connect within ``launch_timeout`` counts on its own."""
     backoff: float = 0.5
-    """Seconds before the launch after the first failure; doubled for each further one."""
+    """Seconds before the launch after the first failure; doubled for each further failure."""
     task_backoff: float = 0.1
     """Seconds before a task is run again that raised an exception of ``retry_on``; doubled for each
-    further one."""
+    further exception."""
     longest_backoff: float = 10.0
     """Largest number of seconds that these doublings reach."""
 
 
 @record(kw_only=True)
 class ScalingPolicy:
-    """When workers are started and stopped, and how many."""
+    """How many workers are started, and when they are started and stopped."""
 
     max_slots: int
     """Slots of all workers together. A slot is a process that runs one task at a time, so this is
@@ -282,9 +283,9 @@ class ScalingPolicy:
     max_tasks_per_worker: int | None = None
     """Tasks after which a worker is replaced; ``None`` means no limit."""
     max_worker_lifetime: float | None = None
-    """Seconds after which a worker is replaced; ``None``: no limit."""
+    """Seconds after which a worker is replaced; ``None`` means no limit."""
     size_count: int = 1
-    """Worker sizes to climb when a task was lost to memory, from 0."""
+    """Number of worker sizes. A task that ran out of memory is run again on the next larger one."""
     sizes: tuple[WorkerCapacity, ...] = ()
     """Resources of a worker of each size, smallest first; empty if they are not known."""
     one_machine: bool = False

@@ -111,7 +111,7 @@ def _set(name: str, pickled: bytes) -> None:
 
 
 class _Finder:
-    """A finder that is called before all others, and so learns of the first import of a module."""
+    """A finder that comes before all others, and so notices the first import of a module."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callable[[], None]]] = {}
@@ -249,8 +249,8 @@ def _write_warnings(_: Any, state: tuple[list[str], list[tuple[str, bytes]]]) ->
                 _log.debug("a warnings filter of the client's is not carried over: %r", exc)
 
     def load_later(places: list[int]) -> None:
-        # The module's import has added the module's own filters. The client's list has these, too,
-        # so they get the place that they have there, after all filters that the task has set.
+        # The module's import has added the module's own filters. The client's list contains these
+        # filters, too, so they get their place in that list, after all filters of the task.
         load(places)
         filters: list[Any] = warnings.filters  # type: ignore[assignment]
         ours = [loaded[place] for place in sorted(loaded)]

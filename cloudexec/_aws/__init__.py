@@ -1,5 +1,6 @@
-"""What the launchers and the commands for AWS share. Nothing here is imported by a worker.
+"""Code that the launchers and the commands for AWS share. Workers import nothing from here.
 
-``names`` and ``limits`` are pure; ``clients`` is the only module that makes connections, and
-translates what the SDK raises; ``profile`` is what ``cloudexec up`` leaves for executors.
+``names`` and ``limits`` do no I/O. ``clients`` is the only module that connects to AWS, and it
+translates the errors of the SDK. ``profile`` reads and writes the settings that ``cloudexec up``
+leaves for executors.
 """

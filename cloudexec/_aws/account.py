@@ -1,10 +1,10 @@
-"""What runs in an account on cloudexec's behalf: to look at it, read its logs, stop it, price it.
+"""Lists, stops and prices cloudexec's jobs in an account, and reads their logs.
 
-Everything is found in AWS itself, by the tags and names that every job of ours carries, so that it
-is seen from any machine, and after the client that started it has died. AWS Batch forgets jobs
-some time after they ended, 7 days at the least, and this with them. Tasks that Amazon ECS was asked
-for without AWS Batch are jobs here, too; they are forgotten an hour after they ended. So are EC2
-instances that were asked for without it.
+Jobs are found in AWS itself, by the tags and names that cloudexec gives to each of them. So they
+are found from any machine, and also after the client that started them has died. AWS Batch forgets
+a job 7 days after its end or later, and it cannot be found from then on. Tasks of Amazon ECS that
+were started without AWS Batch count as jobs here, too. Amazon ECS forgets them after about an hour.
+So do EC2 instances, which Amazon EC2 forgets after about an hour, too.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ from cloudexec._errors import AwsError, ConfigError
 __all__ = ["AsyncMonitor"]
 
 _CHILD_CALLS = 200
-"""Calls that one answer spends on children of arrays; what is left is estimated."""
+"""Most calls that one answer makes to list children of arrays. The rest is estimated."""
 _ARRAY_LOGS = 100
-"""Workers of an array whose logs are read one after the other."""
+"""Most workers of an array whose logs are read, one log after the other."""
 _TAIL_LARGEST = 10_000
-"""Events in one page. Amazon CloudWatch Logs API Reference, "GetLogEvents"."""
+"""Most events in one page. Amazon CloudWatch Logs API Reference, "GetLogEvents"."""
 _REASON_LARGEST = 1024
-"""AWS Batch API Reference, "TerminateJob"."""
+"""Most characters of a reason. AWS Batch API Reference, "TerminateJob"."""
 
 
 class AsyncMonitor:
-    """The same as ``Monitor``, for those who have an event loop and clients of their own."""
+    """The same as ``Monitor``, for programs that have their own event loop and AWS clients."""
 
     def __init__(
         self,
@@ -75,17 +75,17 @@ class AsyncMonitor:
         prices: PriceTable | None = None,
         child_calls: int = _CHILD_CALLS,
     ) -> None:
-        """Take where to look.
+        """Create a monitor of one region.
 
         Args:
-            clients: Whose region it is.
-            queues: Name or ARN by kind, as a profile has them; empty: all queues of the region.
+            clients: Calls to AWS in the region to look at.
+            queues: Name or ARN of each queue by kind, as in a profile; empty: all of the region.
             clusters: ARNs or names of clusters of Amazon ECS; ``None``: all of the region.
-            instances: Whether there may be EC2 instances that were asked for without AWS Batch.
-            public_ip: Whether tasks in them have public addresses, which are paid for.
-            log_group: Where logs are if a job does not say.
-            prices: By default those last learned for the region.
-            child_calls: How many calls one answer may spend on the children of arrays.
+            instances: Whether there may be EC2 instances that run workers without AWS Batch.
+            public_ip: Whether tasks in these clusters have public addresses, which cost money.
+            log_group: Log group of jobs that do not name one.
+            prices: By default the prices that were last looked up for the region.
+            child_calls: Most calls that one answer makes to list children of arrays.
         """
         self._clients = clients
         self._calls = PacedCalls(clients)
@@ -210,7 +210,8 @@ class AsyncMonitor:
             raise ConfigError(f"older_than must be 0 seconds or more, not {older_than}")
         if names:
             resolved = await asyncio.gather(*(self._search.resolve(name) for name in names))
-            # With a run end the workers of executors in it: after it, which would start others.
+            # Stopping a run also stops its executors' workers. The run's own job comes first, as it
+            # would start new workers.
             for run in filter(None, map(run_of, list(resolved))):
                 resolved += await self._search.workers_of_run(run)
             details = [each for each in resolved if each["status"] in ACTIVE]

@@ -1,4 +1,4 @@
-"""Which address of this machine workers in AWS can reach."""
+"""Finds the address at which workers in AWS can reach this machine."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _METADATA_HOST = "169.254.169.254"
 _METADATA_TIMEOUT = 1.0
 _VENDOR_FILE = "/sys/class/dmi/id/sys_vendor"
 _SAGEMAKER_FILE = "/opt/ml/metadata/resource-metadata.json"
-"""What SageMaker tells its notebooks and apps about themselves; Studio's have nothing else."""
+"""File in which SageMaker describes a notebook or an app. Apps of Studio have no other metadata."""
 _SOMEWHERE = ("198.51.100.1", 9)
-"""An address for documentation (RFC 5737): a UDP socket connected to it sends nothing, and tells
-which of this machine's addresses leads out."""
+"""An address for documentation (RFC 5737). A UDP socket that is connected to it sends nothing, but
+shows from which address this machine reaches other networks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advertised:
-    """An address, and where it comes from.
+    """An address for workers to dial, and the reason for choosing it.
 
     Attributes:
         address: Host, or ``host:port``.
-        how: For people: why this one.
-        listen: Host to listen on, unless the user says otherwise.
-        port: Port to listen on, likewise; 0: any free one.
+        how: Reason for choosing this address, for people.
+        listen: Host to listen on, unless the user gives one.
+        port: Port to listen on, unless the user gives one; 0: any free port.
     """
 
     address: str
@@ -50,21 +50,20 @@ class Advertised:
 async def advertised_address(
     profile: Profile | None = None, *, advertise: str = "", endpoint: str = ""
 ) -> Advertised:
-    """Find the address that workers dial, and the one to listen on.
+    """Find the address that workers dial, and the address to listen on.
 
-    ``CLOUDEXEC_LISTEN`` is the latter, where the port that workers dial is forwarded to another.
-
-    In this order: what is given; ``CLOUDEXEC_ADVERTISE``; the profile's; loopback, where the AWS
-    endpoint is on this machine and so are its workers; the address of an ECS task; that of an EC2
-    instance's interface in the workers' own VPC; a public address.
+    Workers dial the first of these: ``advertise``; ``CLOUDEXEC_ADVERTISE``; the profile's address;
+    loopback, if AWS and so its workers are emulated on this machine; the address of an ECS task;
+    the address of an EC2 instance's interface in the workers' own VPC; a public address.
+    ``CLOUDEXEC_LISTEN`` gives the address to listen on, if the dialed port is forwarded to it.
 
     Args:
-        profile: Says in which VPC the workers are.
-        advertise: What the user wants.
+        profile: Its VPC is the workers' VPC.
+        advertise: The address that the user gives.
         endpoint: AWS endpoint in use, if not AWS itself.
 
     Raises:
-        ConfigError: If workers cannot reach this machine, saying what to do.
+        ConfigError: If workers cannot reach this machine. The message says what to do.
     """
     found = await _advertised_address(profile, advertise, endpoint)
     listen = os.environ.get("CLOUDEXEC_LISTEN", "")
@@ -95,13 +94,13 @@ async def _advertised_address(profile: Profile | None, advertise: str, endpoint:
 
 
 def _named(address: str, how: str) -> Advertised:
-    """Take an address that somebody has named.
+    """Check an address that the user has given.
 
-    A port in it is listened on here too: who forwards another one says so with ``listen=`` or
-    ``CLOUDEXEC_LISTEN``.
+    Its port is also the port to listen on here. If the port is forwarded to another one, the user
+    gives the other one with ``listen=`` or ``CLOUDEXEC_LISTEN``.
 
     Raises:
-        ConfigError: If nobody can dial it, before workers are paid for trying.
+        ConfigError: If no worker can dial the address. It is raised before any worker costs money.
     """
     found = _ADDRESS.fullmatch(address)
     port = int(found["port"] or 0) if found is not None else 0
@@ -117,7 +116,7 @@ def _named(address: str, how: str) -> Advertised:
     if literal is not None and (literal.is_unspecified or literal.is_multicast):
         raise ConfigError(
             f"workers cannot dial {address!r} ({how}): {host} is not the address of one machine; "
-            f"to listen on all of this one's is what listen= is for"
+            f"to listen on all addresses of this machine, use listen="
         )
     version6 = literal is not None and literal.version == 6
     if _is_loopback(host):
@@ -135,7 +134,7 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _is_name(host: str) -> bool:
-    """Whether it can be a name; one whose last part is a number is an address, or nothing."""
+    """Return whether it can be a name. If its last part is a number, it can only be an address."""
     labels = host.split(".")
     return not labels[-1].isdecimal() and all(_LABEL.fullmatch(each) for each in labels)
 
@@ -156,7 +155,7 @@ def _outward_address() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Interface:
-    """A network interface of this instance, as the metadata service has it."""
+    """A network interface of this instance, as the metadata service describes it."""
 
     vpc: str
     private: str
@@ -164,16 +163,16 @@ class _Interface:
 
 
 async def vpcs_of_this_machine() -> tuple[str, ...]:
-    """Return the VPCs in which this EC2 instance is; empty where it is none."""
+    """Return the VPCs of this EC2 instance. The result is empty on other machines."""
     interfaces = await asyncio.to_thread(_interfaces) if _is_ec2_instance() else []
     return tuple(dict.fromkeys(each.vpc for each in interfaces if each.vpc))
 
 
 def _look_around(vpc: str) -> Advertised:
-    """Find an address of this machine that workers in a VPC reach.
+    """Find an address of this machine that workers in a VPC can reach.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such address.
     """
     task = os.environ.get("ECS_CONTAINER_METADATA_URI_V4", "")
     own = _outward_address()
@@ -210,11 +209,11 @@ def _ways_out(own: str) -> str:
         )
     return (
         f"Run this program in the workers' VPC (an EC2 instance, a SageMaker notebook instance, an "
-        f"ECS task); or let workers come through a relay with Batch(relay='auto'), for about $0.02 "
-        f"an hour; or forward a port of a public address here and give advertise='HOST:PORT' "
-        f"(and listen='0.0.0.0:PORT' where it is another one here; CLOUDEXEC_ADVERTISE and "
-        f"CLOUDEXEC_LISTEN do the same); or, where a VPN or Direct "
-        f"Connect leads here, advertise={own or 'ADDRESS'!r}"
+        f"ECS task); or let workers connect through a relay with Batch(relay='auto'), for about "
+        f"$0.02 an hour; or forward a port of a public address to this machine and give "
+        f"advertise='HOST:PORT' (and listen='0.0.0.0:PORT' if the port here is another one; "
+        f"CLOUDEXEC_ADVERTISE and CLOUDEXEC_LISTEN do the same); or, if a VPN or Direct "
+        f"Connect connects the VPC to this network, give advertise={own or 'ADDRESS'!r}"
     )
 
 
@@ -231,7 +230,7 @@ def _is_ec2_instance() -> bool:
 
 
 def _interfaces() -> list[_Interface]:
-    """Ask the instance metadata service, version 2, for every interface, the primary one first.
+    """Ask the instance metadata service, version 2, for all interfaces, the primary one first.
 
     A SageMaker notebook instance with direct internet access has its primary interface in
     SageMaker's VPC, and another one in its owner's. Amazon EC2 User Guide, "Instance metadata

@@ -1,4 +1,4 @@
-"""The seam to the AWS SDK: clients made when first used, retries, errors in our own words."""
+"""Calls AWS through its SDK: creates clients at first use, retries, and translates errors."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from cloudexec._errors import AwsError, ConfigError
 __all__ = ["AwsClients", "Recorder", "is_region", "known_regions"]
 
 Recorder = Callable[[str, str, Mapping[str, Any]], None]
-"""Told of each call: service, operation as the API names it, parameters."""
+"""Called with the service, the operation as the API names it, and the parameters of each call."""
 
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    # Version 4 for signed URLs too, where botocore still prefers version 2 in some regions: it
-    # alone covers headers and encrypted buckets. Checksums are those that we give.
+    # botocore still signs URLs with version 2 in some regions. Only version 4 covers headers and
+    # encrypted buckets. cloudexec passes its own checksums, so the SDK need not compute any.
     "s3": {
         "signature_version": "s3v4",
         "request_checksum_calculation": "when_required",
@@ -46,7 +46,7 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
 _SECRET = frozenset(
     {
         ("secretsmanager", "GetSecretValue"),
-        # The key of a launch is in the job's environment where there is no stack's.
+        # Without a stack, the key of a launch is in the environment of its jobs.
         ("batch", "SubmitJob"),
         ("batch", "DescribeJobs"),
         ("ecs", "RunTask"),
@@ -54,13 +54,13 @@ _SECRET = frozenset(
         ("ecs", "StopTask"),
     }
 )
-"""Calls of which the SDK's own debug log would show a worker's key."""
+"""Calls whose requests or answers hold a worker's key, which the SDK's debug log would show."""
 _SDK_LOGGERS = ("botocore.auth", "botocore.endpoint", "botocore.hooks", "botocore.parsers")
 _CONNECT_TIMEOUT = 10.0
 _READ_TIMEOUT = 60.0
 _MAX_CONNECTIONS = 25
 _ATTEMPTS = 6
-"""Tries of one call on throttling, connection errors and 5xx; botocore backs off in between."""
+"""Most tries of one call after throttling, connection errors and 5xx. botocore backs off."""
 _SERVER = ("InternalFailure", "InternalServerError", "ServiceUnavailable", "ServerException")
 
 
@@ -73,12 +73,12 @@ def _may_be_logged(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _discretion(service: str, name: str) -> Iterator[None]:
-    """Keep a call with a secret in it out of the SDK's debug log."""
+    """Keep a call that holds a secret out of the SDK's debug log."""
     if (service, name) not in _SECRET:
         yield
         return
     for logger in _SDK_LOGGERS:
-        logging.getLogger(logger).addFilter(_may_be_logged)  # which does nothing the second time
+        logging.getLogger(logger).addFilter(_may_be_logged)  # it is only added the first time
     before = _discreet.set(True)
     try:
         yield
@@ -87,15 +87,15 @@ def _discretion(service: str, name: str) -> Iterator[None]:
 
 
 class AwsClients:
-    """Calls to AWS in one region, on one event loop.
+    """Makes calls to AWS in one region, on one event loop. Use it in ``async with``.
 
-    Credentials come from where the AWS SDKs look: environment, configuration files, roles. An
-    endpoint may be set with ``AWS_ENDPOINT_URL``, or for each service with
-    ``AWS_ENDPOINT_URL_BATCH`` and the like. Use as ``async with``.
+    Credentials come from the places where all AWS SDKs look: environment variables, configuration
+    files and roles. ``AWS_ENDPOINT_URL`` sets another endpoint for all services, and
+    ``AWS_ENDPOINT_URL_BATCH`` and the like set one for a single service.
 
     Args:
         region: Such as ``"eu-central-1"``; ``None``: the SDK's default.
-        recorder: Told of each call, before it is made.
+        recorder: Called before each call.
 
     Raises:
         ConfigError: If no region is given or configured, or the AWS configuration is unusable.
@@ -104,7 +104,7 @@ class AwsClients:
     def __init__(self, region: str | None = None, *, recorder: Recorder | None = None) -> None:
         self._session = _new_session()
         self._recorder = recorder
-        # Of all AWS SDKs, the one for Python alone does not read AWS_REGION. AWS SDKs and Tools
+        # Unlike the other AWS SDKs, the one for Python does not read AWS_REGION. AWS SDKs and Tools
         # Reference Guide, "AWS Region".
         found = region or os.environ.get("AWS_REGION")
         found = found or self._session.get_config_variable("region")
@@ -134,9 +134,10 @@ class AwsClients:
 
     @contextlib.contextmanager
     def _reviewing(self, client: Any) -> Iterator[None]:
-        """Read credentials anew if these have expired, so that the next try has new ones.
+        """Read the credentials again after an error that says that they have expired.
 
-        If nothing answers, say so where the region looks misspelt.
+        The next try then has new ones. If AWS cannot be reached in a region that the SDK does not
+        know, the error says so, as its name may be misspelt.
         """
         try:
             yield
@@ -155,34 +156,35 @@ class AwsClients:
             raise
 
     def renew(self) -> None:
-        """Read credentials anew: those in the environment or a file are read once a session.
+        """Read the credentials again. The SDK reads environment variables and files only once.
 
-        Clients in use stay open until ``close``; those made from now on have the new ones.
+        Clients in use stay open until ``close``. New clients have the new credentials.
         """
         self._session = _new_session()
         self._clients.clear()
 
     async def credentials_expire_at(self) -> float | None:
-        """Return until when the credentials in use are good, Unix time.
+        """Return when the credentials in use expire, in Unix time.
 
-        ``None``: for ever, or nobody knows: of those in the environment or a file nothing says.
+        The result is ``None`` if they never expire, or if the time is not known, as for those in
+        environment variables or a file.
         """
         with translated("sts", "Credentials"):
             credentials = await self._session.get_credentials()
-        # botocore has no public name for it, and no other way to tell.
+        # botocore has no public name for the expiry, and no other way to learn it.
         expiry = getattr(credentials, "_expiry_time", None)
         return float(expiry.timestamp()) if expiry is not None else None
 
     @property
     def endpoint(self) -> str:
-        """Where jobs are submitted if not at AWS itself, or an empty string."""
+        """Endpoint of AWS Batch if it is not AWS itself, or an empty string."""
         return self.endpoint_of("batch")
 
     def endpoint_of(self, service: str) -> str:
-        """Return where calls to a service go by environment or configuration, if not to AWS.
+        """Return the configured endpoint of a service, or an empty string for AWS itself.
 
-        That is ``AWS_ENDPOINT_URL_BATCH`` and the like, ``AWS_ENDPOINT_URL``, or what a
-        configuration file has. AWS SDKs and Tools Reference Guide, "Service-specific endpoints".
+        It is set by ``AWS_ENDPOINT_URL_BATCH`` and the like, ``AWS_ENDPOINT_URL``, or a
+        configuration file. AWS SDKs and Tools Reference Guide, "Service-specific endpoints".
         """
         if self._session.get_config_variable("ignore_configured_endpoint_urls"):
             return ""
@@ -194,7 +196,7 @@ class AwsClients:
         return str(provider.provide() or "")
 
     def authorities(self) -> str:
-        """Return the file of the certificates that are trusted; empty for those of the system."""
+        """Return the file of trusted certificates; empty for the certificates of the system."""
         named = self._session.get_config_variable("ca_bundle")
         named = named or os.environ.get("REQUESTS_CA_BUNDLE")
         if not named and "SSL_CERT_FILE" not in os.environ:
@@ -202,12 +204,12 @@ class AwsClients:
         return str(named or "")
 
     async def client(self, service: str, *, region: str = "", once: bool = False) -> Any:
-        """Return a client, made on first use; for what ``call`` and ``pages`` cannot do.
+        """Return an SDK client, created at first use, for uses that ``call`` and ``pages`` lack.
 
         Args:
             service: As botocore names it.
             region: Another region than the usual one.
-            once: Whether it makes each request once only: for calls that must not happen twice.
+            once: Whether each request is tried only once, because it must not happen twice.
         """
         key = (service, region or self.region, once)
         client = self._clients.get(key)
@@ -243,7 +245,7 @@ class AwsClients:
             service: As botocore names it, such as ``"batch"``.
             operation: As botocore's methods are named, such as ``"submit_job"``.
             region: Another region than the usual one.
-            once: Do not retry: for calls that must not happen twice.
+            once: Whether the call is tried only once, because it must not happen twice.
             parameters: As the API names them.
 
         Returns:
@@ -297,7 +299,7 @@ def _service_of(client: Any) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _loader(data_path: str | None) -> Any:
-    """Read endpoints and service models once in a process instead of once per session: 0.3 s."""
+    """Return a loader that caches endpoints and service models, which saves 0.3 s per session."""
     return botocore.loaders.create_loader(data_path)
 
 
@@ -307,7 +309,7 @@ def _resolver() -> Any:
 
 
 def is_region(name: str) -> bool:
-    """Whether a region may be called that. New ones are made, so not all have to be known."""
+    """Return whether a region may have this name. AWS adds regions that this SDK does not know."""
     try:
         _resolver().get_partition_for_region(name)
     except botocore.exceptions.UnknownRegionError:
@@ -341,12 +343,12 @@ def _new_session() -> Any:
 
 @contextlib.contextmanager
 def translated(service: str, operation: str, *, region: str = "") -> Iterator[None]:
-    """Turn what botocore raises into ``AwsError``.
+    """Turn errors of botocore into ``AwsError``.
 
     Args:
         service: As botocore names it.
         operation: As the API names it.
-        region: Where the call goes, if that is known.
+        region: Region of the call, if it is known.
     """
     what = f"{service}:{operation}"
     try:
@@ -386,7 +388,7 @@ def translated(service: str, operation: str, *, region: str = "") -> Iterator[No
         ) from exc
     except botocore.parsers.ResponseParserError as exc:
         raise AwsError(
-            f"{what}: what answered is not AWS, such as a proxy on the way: {exc}",
+            f"{what}: the answer is not from AWS, but perhaps from a proxy on the way: {exc}",
             code="Unreadable",
             operation=what,
             transient=True,
@@ -396,13 +398,13 @@ def translated(service: str, operation: str, *, region: str = "") -> Iterator[No
 
 
 def _way_to_aws() -> str:
-    """Say what to look at where AWS cannot be reached."""
+    """Say what to check if AWS cannot be reached."""
     proxies = urllib.request.getproxies()
     over = proxies.get("https", "")
     if over.startswith("socks"):
         return (
-            "HTTPS_PROXY names a SOCKS proxy, and the AWS SDK takes HTTP proxies only: run an "
-            "HTTP proxy that leads to it, and name that one"
+            "HTTPS_PROXY names a SOCKS proxy, but the AWS SDK takes HTTP proxies only: run an "
+            "HTTP proxy that forwards to the SOCKS proxy, and name it in HTTPS_PROXY"
         )
     if not over and "all" in proxies:
         return "the AWS SDK does not use ALL_PROXY: name an HTTP proxy in HTTPS_PROXY"

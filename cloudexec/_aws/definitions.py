@@ -1,4 +1,4 @@
-"""Job definitions: registered once for each content, found again by name, pinned by revision."""
+"""Registers each content once as a job definition, finds it by name, and uses one revision."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = [
 
 
 async def ensure_definition(clients: AwsClients, request: Mapping[str, Any]) -> str:
-    """Return the ARN, with revision, of the definition with this content; register it if needed.
+    """Return the ARN, with revision, of the definition with this content. Register it if needed.
 
     Args:
-        clients: Where.
+        clients: Calls to AWS.
         request: From ``definition_request``.
 
     Raises:
@@ -35,7 +35,7 @@ async def ensure_definition(clients: AwsClients, request: Mapping[str, Any]) -> 
 
 
 async def list_definitions(clients: AwsClients, name: str = "") -> list[dict[str, Any]]:
-    """Return our active definitions, or the active revisions of one.
+    """Return cloudexec's active definitions, or the active revisions of one.
 
     Raises:
         AwsError: If AWS refuses.
@@ -48,7 +48,7 @@ async def list_definitions(clients: AwsClients, name: str = "") -> list[dict[str
 
 
 async def deregister(clients: AwsClients, arn: str) -> None:
-    """Deregister one revision; jobs that were submitted with it go on.
+    """Deregister one revision. Jobs that were submitted with it continue.
 
     Raises:
         AwsError: If AWS refuses.
@@ -57,9 +57,9 @@ async def deregister(clients: AwsClients, arn: str) -> None:
 
 
 async def pin_image(clients: AwsClients, image: str) -> str:
-    """Replace the tag of an image in Amazon ECR by its digest: what it names cannot change then.
+    """Replace the tag of an image in Amazon ECR by its digest, which always means the same image.
 
-    Other images, and those pinned already, are returned as they are.
+    Other images, and images that have a digest, are returned unchanged.
 
     Raises:
         AwsError: If the repository has no such image, or AWS refuses.

@@ -1,4 +1,4 @@
-"""Why workers do not come, or ended: AWS's words turned into a cause and what to do about it."""
+"""Explains why workers do not start or have ended: the cause in AWS's words, and a remedy."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """Why, and what to do.
+    """A cause and its remedy.
 
     Attributes:
         text: What happened, with AWS's own words.
-        remedy: What to do about it.
-        fatal: Whether trying again cannot help.
+        remedy: What the user can do about it.
+        fatal: Whether another try would fail, too.
         no_room: Whether AWS has no capacity, or a quota is used up.
     """
 
@@ -50,27 +50,27 @@ class Cause:
 
 
 _RECLAIM_CODES = ("SpotInterruption", "TerminationNotice")
-"""Users see the one, the sample event of the Amazon ECS Developer Guide has the other ("Amazon ECS
-clusters for Fargate")."""
+"""Users report the first code. The sample event of the Amazon ECS Developer Guide ("Amazon ECS
+clusters for Fargate") has the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnd:
-    """How an attempt of a job ended, as DescribeJobs has it.
+    """The end of an attempt of a job or task, as AWS reports it.
 
     Attributes:
-        status_reason: The job's.
-        container_reason: The container's.
-        exit_code: The container's, or ``None``.
-        log_tail: The last lines it wrote.
-        retried: Whether AWS starts it again by itself.
-        stop_code: What Amazon ECS calls the reason, where it was asked for the worker itself.
-        timed_out: Whether the worker ended since it had reached its time limit.
-        size: What the worker had; ``None``: unknown.
+        status_reason: The job's reason.
+        container_reason: The container's reason.
+        exit_code: The container's exit code, or ``None``.
+        log_tail: The last lines of the worker's log.
+        retried: Whether AWS starts the worker again by itself.
+        stop_code: The code of Amazon ECS for the reason, for a worker without AWS Batch.
+        timed_out: Whether the worker ended because it had reached its time limit.
+        size: Size of the worker; ``None``: unknown.
         compute: ``"fargate"`` or ``"ec2"``.
-        most_vcpus: Of a worker on Fargate, in the service that was asked for it.
-        image: Of the worker.
-        relay: The relay through which it was to reach the client; empty: none.
+        most_vcpus: Most vCPUs that the service which runs the worker allows on Fargate.
+        image: Image of the worker.
+        relay: The relay through which the worker was to reach the client; empty: none.
     """
 
     status_reason: str = ""
@@ -93,40 +93,40 @@ class JobEnd:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the container as a whole was killed for want of memory."""
+        """Whether the container as a whole was killed because it had used up its memory."""
         return self.container_reason.lower().startswith(("outofmemory", "container killed due"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What is known while workers are waited for."""
+    """The facts that are known while workers are expected."""
 
     statuses: Mapping[str, int] = field(default_factory=dict)
-    """How many workers are in which of AWS Batch's states."""
+    """Number of workers in each of AWS Batch's states."""
     reasons: Sequence[str] = ()
-    """What jobs that wait say of themselves (``statusReason``)."""
+    """Reasons that AWS Batch gives for jobs that wait (``statusReason``)."""
     ends: Sequence[JobEnd] = ()
-    """Attempts that ended before they dialed back, the newest last."""
+    """Attempts that ended before their worker dialed back, the newest last."""
     queue: str = ""
     queue_state: str = ""
     queue_status: str = ""
     queue_reason: str = ""
     environments: Sequence[Mapping[str, object]] = ()
-    """As DescribeComputeEnvironments has them, in the queue's order."""
+    """The queue's environments as DescribeComputeEnvironments returns them, in their order."""
     ahead: int = 0
-    """Jobs of others that wait before ours."""
+    """Number of other users' jobs that wait before ours."""
     vcpus: float = 0.0
-    """What one worker asks for."""
+    """vCPUs of one worker."""
     used_vcpus: float = 0.0
-    """What those of our workers have that have a place, of the same kind of capacity."""
+    """vCPUs of our workers that AWS has placed, on the same kind of capacity."""
     spot: bool = False
-    """Whether those that wait are to run on Spot."""
+    """Whether the waiting workers are to run on Spot."""
     quota_vcpus: float | None = None
-    """The account's limit for such workers, where it could be read."""
+    """The account's quota of vCPUs for such workers, if it could be read."""
     advertised: str = ""
-    """Where workers were told to dial, and why there."""
+    """The address that workers were told to dial, and why."""
     relay: str = ""
-    """The relay through which workers reach this process; empty: they dial it."""
+    """The relay through which workers reach this process; empty: they dial it directly."""
 
 
 _QUOTA = re.compile(
@@ -149,7 +149,7 @@ _BUSY = re.compile(
     r"|service ?unavailable|InternalFailure|InternalServer|connection re(?:set|fused)|\bEOF\b",
     re.I,
 )
-"""What registries, Secrets Manager and CloudWatch Logs answer when they cannot answer now."""
+"""Answers of registries, Secrets Manager and CloudWatch Logs that are busy for the moment."""
 _CLOSED = re.compile(r"connection re(?:set|fused)", re.I)
 _NO_HOST = re.compile(r"dial tcp: lookup \S+.*no such host", re.I)
 _FULL = re.compile(r"no space left on device|disk quota exceeded", re.I)
@@ -160,16 +160,16 @@ _WRONG_PLATFORM = re.compile(
 )
 """Amazon ECS Developer Guide, "CannotPullContainer task errors"."""
 LOG_LINES = 20
-"""How many of the last lines of a log are read."""
+"""Number of lines that are read from the end of a log."""
 
 
 def is_definition_gone(said: str) -> bool:
-    """Whether AWS refused a submission because its job definition was deregistered."""
+    """Return whether AWS refused a submission because its job definition was deregistered."""
     return "ClientException" in said and re.search(r"job ?definition", said, re.I) is not None
 
 
 def is_out_of_capacity(said: str) -> bool:
-    """Whether AWS says of a worker that waits that there is no capacity for it.
+    """Return whether AWS says that it has no capacity for a waiting worker.
 
     References:
         AWS Batch User Guide, "Jobs stuck in RUNNABLE status"; AWS re:Post, "How do I troubleshoot
@@ -180,18 +180,18 @@ def is_out_of_capacity(said: str) -> bool:
 
 
 def is_over_quota(said: str) -> bool:
-    """Whether AWS says that the account's quota of vCPUs, or of tasks, is used up."""
+    """Return whether AWS says that the account's quota of vCPUs, or of tasks, is used up."""
     return _QUOTA.search(said) is not None
 
 
 def cause_of_refusal(said: str) -> Cause:
-    """Add what to do to the words with which AWS refused to take a job, where that is known."""
+    """Return the words with which AWS refused a job, and a remedy if one is known."""
     if "ClientException" in said and re.search(r"job ?queue", said, re.I):
         if re.search(r"disabled|not enabled", said, re.I):
             return Cause(text=said, remedy="enable it (`cloudexec up` does), or use another queue")
         if re.search(r"does not exist|not found", said, re.I):
             return Cause(
-                text=said, remedy="`cloudexec doctor` looks at it, `cloudexec up` makes it anew"
+                text=said, remedy="`cloudexec doctor` checks it, `cloudexec up` creates it again"
             )
     return Cause(text=said)
 
@@ -200,18 +200,18 @@ def mend_invalid(up: str, said: str = "") -> str:
     """Say what may make an INVALID compute environment VALID again.
 
     Args:
-        up: The command that sets up.
-        said: Why it is INVALID, in AWS's words.
+        up: The command that repairs the set-up.
+        said: AWS's reason for the state.
 
     References:
         AWS Batch User Guide, "Troubleshooting", "INVALID compute environment".
     """
     role = make_service_role(said, otherwise="batch")
-    return f"{up} has AWS Batch look again; if its own role is gone, first {role}"
+    return f"{up} makes AWS Batch check it again; if its service-linked role is gone, first {role}"
 
 
 def cause_of_end(end: JobEnd) -> Cause:
-    """Say why a worker ended before it had dialed back, or under its tasks.
+    """Say why a worker ended before it had dialed back, or while it ran tasks.
 
     References:
         AWS Batch User Guide, "Troubleshooting"; Amazon ECS Developer Guide, "Stopped tasks error
@@ -232,7 +232,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
             text=f"the worker's image is for another kind of processor: {said}",
             remedy=(
                 "`cloudexec image push` makes one for x86-64, and `cloudexec image push --platform "
-                "linux/arm64` one for arch='arm64'"
+                "linux/arm64` makes one for arch='arm64'"
             ),
             fatal=True,
         )
@@ -240,8 +240,8 @@ def _cause_of_end(end: JobEnd) -> Cause:
         return _disk_is_full(end, said)
     if make := make_service_role(said):
         return Cause(
-            text=f"AWS misses a role of its own: {said}",
-            remedy=f"somebody who may call iam:CreateServiceLinkedRole makes it once: {make}",
+            text=f"the account lacks a service-linked role: {said}",
+            remedy=f"a user who may call iam:CreateServiceLinkedRole must create it once: {make}",
             fatal=True,
         )
     if "Container Overrides length" in said:
@@ -254,7 +254,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
         if _NO_HOST.search(said) and not _REGISTRY.search(said):
             return Cause(
                 text=f"the worker's image cannot be pulled, as its registry is not known: {said}",
-                remedy="name an image that is there: image=...",
+                remedy="give the name of an existing image with image=...",
                 fatal=True,
             )
         if _TIMED_OUT.search(said) and not _CLOSED.search(said):
@@ -265,8 +265,8 @@ def _cause_of_end(end: JobEnd) -> Cause:
         return Cause(
             text=f"the worker's image cannot be pulled: {said}",
             remedy=(
-                "`cloudexec image push` puts one where it belongs, `cloudexec doctor` checks that "
-                "it is there"
+                "`cloudexec image push` builds and pushes one, `cloudexec doctor` checks that it "
+                "exists"
             ),
             fatal=True,
         )
@@ -275,12 +275,12 @@ def _cause_of_end(end: JobEnd) -> Cause:
             return Cause(
                 text=f"the worker's log cannot be written: {said}",
                 remedy=(
-                    "the log group must be there, and the execution role needs "
-                    "logs:CreateLogStream and logs:PutLogEvents on it: `cloudexec up` makes both"
+                    "the log group must exist, and the execution role needs "
+                    "logs:CreateLogStream and logs:PutLogEvents on it: `cloudexec up` creates both"
                 ),
                 fatal=True,
             )
-        # AWS begins with "unable to pull secrets or registry auth" whichever of them it was.
+        # AWS's reason begins with "unable to pull secrets or registry auth" for both.
         which = said.replace("secrets or registry auth", "")
         if _ACCESS.search(which) and _REGISTRY.search(which):
             return Cause(
@@ -304,7 +304,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
     if re.search(r"role", said, re.I) and (_ACCESS.search(said) or "assume" in said.lower()):
         return Cause(
             text=f"a role is missing or cannot be used: {said}",
-            remedy="`cloudexec up` makes the roles anew, `cloudexec doctor` checks them",
+            remedy="`cloudexec up` creates the roles again, `cloudexec doctor` checks them",
             fatal=True,
         )
     if end.reclaimed:
@@ -338,13 +338,13 @@ def _cause_of_end(end: JobEnd) -> Cause:
     if end.exit_code == 3:
         return Cause(
             text=f"worker and client refused each other (exit code 3){words}",
-            remedy="where it is about versions, `cloudexec image push` makes an image that fits",
+            remedy="if their versions differ, `cloudexec image push` makes an image that fits",
             fatal=True,
         )
     if end.exit_code == NO_CLIENT:
         through = f" through the relay {end.relay}" if end.relay else ""
         return Cause(
-            text=f"the worker started, and could not reach this process{through}{words}",
+            text=f"the worker started, but could not reach this process{through}{words}",
             remedy=_way_through(end.relay)
             or (
                 "advertise= must name an address that workers can reach, and listen= a port that "
@@ -359,7 +359,7 @@ def _cause_of_end(end: JobEnd) -> Cause:
                 f"{said or 'AWS gives no reason'}{words}"
             ),
             remedy=(
-                "`cloudexec image push` makes one that does; one of your own needs the entry "
+                "`cloudexec image push` makes one that does; an image of your own needs the entry "
                 "point `python -m cloudexec.worker`"
             ),
         )
@@ -367,10 +367,10 @@ def _cause_of_end(end: JobEnd) -> Cause:
 
 
 def _is_strange(log_tail: str) -> bool:
-    """Whether what a container wrote is no worker's, as far as that can be told.
+    """Return whether a container's log is not that of a worker, as far as that can be told.
 
-    A worker begins with a line of its own. Lines may come late to the log, and only the last ones
-    are read.
+    A worker's log begins with a line of its own. Lines may arrive late, and only the last ones are
+    read.
     """
     lines = log_tail.strip().splitlines()
     if "No module named cloudexec" in log_tail.replace("'", ""):
@@ -392,7 +392,7 @@ def _disk_is_full(end: JobEnd, said: str) -> Cause:
 
 
 def cause_of_waiting(situation: Situation) -> Cause | None:
-    """Say why workers that were asked for are not there; ``None``: nothing is known to be wrong.
+    """Say why requested workers have not dialed back; ``None``: nothing is known to be wrong.
 
     References:
         AWS Batch User Guide, "Jobs stuck in RUNNABLE status".
@@ -473,8 +473,8 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
                 f"{ahead}: the compute environments allow {most:g} vCPUs in all{limit}"
             ),
             remedy=(
-                "others may use them (`cloudexec ps`), or AWS has none of this kind left: "
-                f"{_spot_remedy(situation)}another size, or waiting"
+                "other jobs may use them (`cloudexec ps`), or AWS has none of this kind left: try "
+                f"{_spot_remedy(situation)}another size, or wait"
             ),
         )
     if statuses.get("STARTING"):
@@ -485,12 +485,12 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
     if statuses.get("RUNNING", 0) > 0:
         relay = situation.relay
         dialed = f"the relay {relay}" if relay else situation.advertised
-        look = "see advertise= and listen=, and `cloudexec logs` for what they say"
+        look = "check advertise= and listen=; `cloudexec logs` shows what the workers report"
         if relay:
-            look = f"`cloudexec logs` shows what they say; {_way_through(relay)}"
+            look = f"`cloudexec logs` shows what they report; {_way_through(relay)}"
         return Cause(
             text=(
-                f"{count_of_workers(statuses['RUNNING'], 'runs', 'run')}, and did not dial back yet"
+                f"{count_of_workers(statuses['RUNNING'], 'runs', 'run')}, but did not dial back yet"
                 f"{f'; they were told to dial {dialed}' * bool(dialed)}"
             ),
             remedy=f"if that lasts, they cannot reach this process: {look}",
@@ -499,7 +499,7 @@ def cause_of_waiting(situation: Situation) -> Cause | None:
 
 
 def _way_through(relay: str) -> str:
-    """Say what lets workers reach this process through a relay; empty without one."""
+    """Say what a relay needs so that workers reach this process; empty without a relay."""
     if relay.startswith("ssh://"):
         return (
             "that host must let workers connect to the port that it forwards: it needs "
@@ -526,19 +526,19 @@ def _cause_of_reason(reason: str, situation: Situation) -> Cause | None:
     if is_out_of_capacity(reason):
         return Cause(
             text=f"AWS has no capacity of this kind: {reason}",
-            remedy=f"{_spot_remedy(situation)}another size, more subnets, or waiting",
+            remedy=f"try {_spot_remedy(situation)}another size or more subnets, or wait",
             no_room=True,
         )
     if "SERVICE_ROLE_PERMISSIONS" in reason or _ACCESS.search(reason):
         return Cause(
             text=f"AWS Batch lacks a permission: {reason}",
-            remedy="`cloudexec up` makes the roles anew",
+            remedy="`cloudexec up` creates the roles again",
             fatal=True,
         )
     if is_over_quota(reason):
         return cause_of_quota(reason)
     if reason.startswith(RECLAIM_REASONS):
-        return None  # it is being placed again
+        return None  # AWS Batch is placing the worker again
     return Cause(text=f"AWS Batch says: {reason}")
 
 
@@ -547,16 +547,16 @@ def _spot_remedy(situation: Situation) -> str:
 
 
 def count_of_workers(count: int, one: str, several: str) -> str:
-    """Return a number of workers and what they do."""
+    """Return text with the number of workers and what they do."""
     return f"1 worker {one}" if count == 1 else f"{count} workers {several}"
 
 
 def _no_route(said: str) -> Cause:
-    """A network that is slow for once times out as one that leads nowhere: not fatal."""
+    """Explain a time-out. It is not fatal, as a slow network causes one, too."""
     return Cause(
         text=f"workers cannot reach AWS's own services from their subnet: {said}",
         remedy=(
-            "unless it was slow for once: public subnets need assign_public_ip (`cloudexec up` "
+            "if it lasts: public subnets need assign_public_ip (`cloudexec up` "
             "without --no-public-ip); private ones a NAT gateway, or endpoints for ECR, S3, "
             "CloudWatch Logs and Secrets Manager"
         ),
@@ -565,7 +565,7 @@ def _no_route(said: str) -> Cause:
 
 def _busy(said: str) -> Cause:
     return Cause(
-        text=f"what a worker needs to start could not be had at this moment: {said}",
+        text=f"a service that workers need to start is busy: {said}",
         remedy=(
             "this usually passes. If it is a registry that allows too few pulls, use an image in "
             "Amazon ECR (`cloudexec image push`)"
@@ -574,7 +574,7 @@ def _busy(said: str) -> Cause:
 
 
 def cause_of_quota(said: str) -> Cause:
-    """Say what to do where the account's quota of vCPUs is used up."""
+    """Say what to do if the account's quota of vCPUs is used up."""
     return Cause(
         text=f"the account's vCPU quota is used up: {said}",
         remedy="ask for more in the Service Quotas console, or use fewer or smaller workers",
@@ -583,7 +583,7 @@ def cause_of_quota(said: str) -> Cause:
 
 
 def allowed_vcpus(environments: Iterable[Mapping[str, object]]) -> float:
-    """Return how many vCPUs compute environments allow in all, as they are described."""
+    """Return the sum of vCPUs that compute environments, as AWS describes them, allow."""
     return sum(map(_max_vcpus, environments))
 
 

@@ -1,4 +1,4 @@
-"""Checks of a set-up, one after the other: what was found, and what to do about it."""
+"""Checks a set-up step by step, and reports what each check found and how to repair it."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ _FATAL = (
     "key",
     "address",
 )
-"""Without which the probe cannot succeed: it is a job of AWS Batch, which needs no cluster."""
+"""Checks that the probe depends on. It is a job of AWS Batch, so it does not need the cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     outcome: Outcome
     found: str
-    """What was found."""
+    """The facts that the check found."""
     remedy: str = ""
-    """What to do; empty if nothing is."""
+    """What the user should do; empty if nothing."""
 
 
 Report: TypeAlias = Callable[[Check], None]
@@ -69,7 +69,7 @@ Report: TypeAlias = Callable[[Check], None]
 
 @dataclass(slots=True)
 class _Examination:
-    """What later checks know from earlier ones."""
+    """Facts that later checks need from earlier ones."""
 
     clients: AwsClients
     profile: Profile
@@ -82,16 +82,16 @@ class _Examination:
 async def examine(
     name: str, report: Report, *, advertise: str = "", listen: str = ""
 ) -> tuple[Check, ...]:
-    """Check everything that can be looked at without starting anything.
+    """Make all checks that start no worker.
 
     Args:
-        name: Of the profile.
-        report: Told of each check.
-        advertise: What workers are to dial; empty: it is found.
-        listen: What is to be listened on; empty: it is found.
+        name: Name of the profile.
+        report: Called with each check.
+        advertise: Address that workers are to dial; empty: it is found.
+        listen: Address to listen on; empty: it is found.
 
     Returns:
-        All checks, in order. Those that need what has failed are skipped.
+        All checks, in order. A check is skipped if it depends on one that has failed.
     """
     checks: list[Check] = []
 
@@ -144,13 +144,13 @@ async def examine(
             if is_let_in:
                 add(await _carefully(each, look, examination))
             else:
-                found = "not looked at before the credentials work"
+                found = "not checked, as the credentials do not work"
                 add(Check(name=each, outcome="skipped", found=found))
     return tuple(checks)
 
 
 def prevents_probe(checks: tuple[Check, ...]) -> list[str]:
-    """Return the names of failed checks without which a probe worker cannot succeed."""
+    """Return the names of the failed checks without which a probe worker cannot succeed."""
     return [each.name for each in checks if each.outcome == "failed" and each.name in _FATAL]
 
 
@@ -167,26 +167,26 @@ async def _carefully(
             )
             return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
         if "Denied" in exc.code or "Unauthorized" in exc.code:
-            # A user who runs executors need not be allowed to look at everything.
+            # A user who runs executors need not have the permissions for all checks.
             return Check(name=name, outcome="skipped", found=str(exc))
         if exc.transient:
-            remedy = "try again; if it stays so, look at the network, proxies and the region"
+            remedy = "try again; if it fails again, check the network, proxies and the region"
         elif name == "credentials":
             remedy = "do what the message says: nothing else can be checked before"
         else:
-            remedy = f"if it is about a part of the set-up: {_mend(examination.profile)}"
+            remedy = f"if a part of the set-up is broken: {_mend(examination.profile)}"
         return Check(name=name, outcome="failed", found=str(exc), remedy=remedy)
 
 
 def _up(profile: Profile) -> str:
-    """Return the command that brings the profile's stack in order."""
+    """Return the command that repairs the profile's stack."""
     if profile.is_adopted:
         return f"`cloudexec up --adopt {profile.stack} --name {profile.name}`"
     return f"`cloudexec up --name {profile.name}`"
 
 
 def _mend(profile: Profile) -> str:
-    """Say what brings a set-up in order."""
+    """Say how to repair a set-up."""
     return _up(profile) if profile.stack else f"correct {Profile.path(profile.name)}"
 
 
@@ -197,7 +197,7 @@ def _profile(profile: Profile) -> Check:
         return Check(
             name="profile",
             outcome="failed",
-            found=f"{found}; nothing to launch with",
+            found=f"{found}; workers need at least one",
             remedy=_up(profile),
         )
     return Check(name="profile", outcome="ok", found=found)
@@ -258,8 +258,8 @@ async def _stack(examination: _Examination) -> Check:
         return Check(
             name="stack",
             outcome="warning",
-            found=f"{found}; the profile says otherwise than its outputs",
-            remedy=f"{_up(profile)} writes the profile anew",
+            found=f"{found}; the profile differs from the stack's outputs",
+            remedy=f"{_up(profile)} writes the profile again",
         )
     return Check(name="stack", outcome="ok", found=found)
 
@@ -311,11 +311,11 @@ def _wrong(kind: str, each: Mapping[str, Any]) -> list[str]:
 def _verdict(name: str, wrong: list[str], right: str, profile: Profile) -> Check:
     if not wrong:
         return Check(name=name, outcome="ok", found=f"VALID and ENABLED: {right}")
-    remedy = f"{_up(profile)} enables what is disabled and makes anew what is missing"
+    remedy = f"{_up(profile)} enables what is disabled and creates what is missing"
     if any("INVALID" in each for each in wrong):
         remedy = mend_invalid(_up(profile), "; ".join(wrong))
     if not profile.stack:
-        remedy = "mend or enable it in the AWS Batch console"
+        remedy = "repair or enable it in the AWS Batch console"
     return Check(name=name, outcome="failed", found="; ".join(wrong), remedy=remedy)
 
 
@@ -324,7 +324,7 @@ def _max_vcpus(environment: Mapping[str, Any]) -> int:
 
 
 async def _cluster(examination: _Examination) -> Check:
-    """See whether tasks can be run on Fargate and Fargate Spot without AWS Batch."""
+    """Check that tasks can run on Fargate and Fargate Spot without AWS Batch."""
     profile, name = examination.profile, "cluster"
     answer = await examination.clients.call("ecs", "describe_clusters", clusters=[profile.cluster])
     shown = profile.cluster.rpartition("/")[2]
@@ -337,12 +337,12 @@ async def _cluster(examination: _Examination) -> Check:
         number = counted(len(overdue), "worker")
         text = f"{shown} has {number} past the time limit: {', '.join(sorted(overdue)[:3])}"
         remedy = (
-            f"`cloudexec stop JOB` ends one. Amazon ECS has no time limit: the worker keeps it, if "
-            f"it has started and its image has cloudexec {importlib.metadata.version('cloudexec')}"
+            f"`cloudexec stop JOB` ends one. Amazon ECS has no time limit: the worker ends itself, "
+            f"if it started and its image has cloudexec {importlib.metadata.version('cloudexec')}"
         )
         return Check(name=name, outcome="warning", found=text, remedy=remedy)
     if "FARGATE_SPOT" not in providers:
-        # The call replaces what the cluster has, so it names that, too.
+        # The call replaces the cluster's providers, so it must name the present ones, too.
         all_of_them = " ".join(sorted({*providers, "FARGATE", "FARGATE_SPOT"}))
         strategy = json.dumps(found.get("defaultCapacityProviderStrategy") or [])
         remedy = (
@@ -361,7 +361,7 @@ async def _instances(examination: _Examination) -> Check:
 
 
 async def _overdue(examination: _Examination) -> list[str]:
-    """Return ids of the cluster's tasks that run although their time is over."""
+    """Return the ids of the cluster's tasks that run although their time limit has passed."""
     profile = examination.profile
     search = TaskSearch(
         PacedCalls(examination.clients), [profile.cluster], public_ip=profile.assign_public_ip
@@ -376,7 +376,7 @@ async def _overdue(examination: _Examination) -> list[str]:
 
 
 async def _network(examination: _Examination) -> Check:
-    """See whether workers can start where the profile says."""
+    """Check that workers can start in the profile's subnets."""
     profile, name = examination.profile, "network"
     if not profile.subnets:
         return Check(name=name, outcome="skipped", found="the profile names no subnets")
@@ -393,7 +393,7 @@ async def _network(examination: _Examination) -> Check:
     ]
     if wrong:
         found = f"workers cannot start in {'; '.join(wrong)}"
-        remedy = f"mend the routes or endpoints of the VPC; or {change}"
+        remedy = f"repair the routes or endpoints of the VPC; or {change}"
         return Check(name=name, outcome="failed", found=found, remedy=remedy)
     hidden = [str(each) for each in subnets if each.reach == "public" and not each.maps_public]
     if hidden and any(kind.startswith("ec2") for kind in profile.queues):
@@ -412,7 +412,7 @@ async def _network(examination: _Examination) -> Check:
 
 
 async def _quota(examination: _Examination) -> Check:
-    """Compare what the account may run with what the environments would start."""
+    """Compare the account's quotas with the vCPUs that the environments may start."""
     name = "vCPU quota"
     kinds = {kind: each for kind, each in examination.environments.items() if _max_vcpus(each) > 0}
     services = sorted({"fargate" if kind.startswith("fargate") else "ec2" for kind in kinds})
@@ -446,11 +446,11 @@ async def _image(examination: _Examination) -> Check:
     ours = {key: uri for key, uri in profile.images.items() if key.startswith(f"{python}-")}
     push = f"`cloudexec image push --profile {profile.name}`"
     if not ours:
-        found = f"the profile has none for Python {python}"
+        found = f"the profile has no image for Python {python}"
         if profile.images:
             found += f", only for {', '.join(sorted(profile.images))}"
         if profile.repository:
-            found += "; executors make one of the packages that are installed here"
+            found += "; executors build one with the packages that are installed here"
             return Check(name="image", outcome="ok", found=found)
         return Check(name="image", outcome="failed", found=found, remedy=push)
     notes: list[str] = []
@@ -494,7 +494,7 @@ async def _image(examination: _Examination) -> Check:
 
 
 def _own_version() -> str:
-    """Return our version as tags of images have it; empty where cloudexec is not installed."""
+    """Return cloudexec's version as it stands in image tags; empty if it is not installed."""
     try:
         version = importlib.metadata.version("cloudexec")
     except importlib.metadata.PackageNotFoundError:
@@ -559,7 +559,7 @@ async def _key(examination: _Examination) -> Check:
             name="key",
             outcome="failed",
             found=f"{profile.key_secret} is not 64 hexadecimal digits",
-            remedy="put such a value into it, or `cloudexec down` and `cloudexec up`",
+            remedy="store such a value in it, or run `cloudexec down` and `cloudexec up`",
         )
     return Check(name="key", outcome="ok", found="can be read")
 
@@ -586,15 +586,15 @@ async def _address(examination: _Examination) -> Check:
     relay = named or profile.relay
     source = "CLOUDEXEC_RELAY" if named else f"the profile {profile.name!r}"
     if relay.lower() not in ("", AUTO, "true", "false"):
-        how = f"workers come through the relay {relay}: from {source}"
+        how = f"workers connect through the relay {relay}: from {source}"
         return Check(name=name, outcome="ok", found=how)
     price = relay_price(PriceTable.load(profile.region), "x86_64", profile.region)
     started = f"a relay that each executor starts, for about ${price.per_hour:.2f} an hour"
     lacking = lacks_for_relay(profile)
     if relay.lower() == "true":
-        found = f"workers come through {started}: from {source}"
+        found = f"workers connect through {started}: from {source}"
         if lacking:
-            found = f"{source} wants a relay, and none can be started: {lacking}"
+            found = f"{source} asks for a relay, but none can be started: {lacking}"
         return Check(name=name, outcome="failed" if lacking else "ok", found=found)
     try:
         address = await advertised_address(
@@ -603,7 +603,7 @@ async def _address(examination: _Examination) -> Check:
     except ConfigError as exc:
         if relay == AUTO and not lacking:
             why = str(exc).partition(". ")[0]
-            found = f"workers come through {started} (auto, from {source}), as {why}"
+            found = f"workers connect through {started} (auto, from {source}), as {why}"
             return Check(name=name, outcome="ok", found=found)
         remedy = (
             "set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine, and "

@@ -1,4 +1,4 @@
-"""Names of images in Amazon ECR: hosts of its registries, and what a repository may be called."""
+"""Parses names of images in Amazon ECR, and checks names of repositories."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _IMAGE = re.compile(
     r"|dkr-ecr(?:-fips)?\.(?P<dual>[a-z0-9-]+)\.on\.(?:aws|amazonwebservices\.com\.cn)))/"
     r"(?P<repository>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
-"""Amazon ECR User Guide, "Making requests to Amazon ECR registries"; AWS General Reference, "Amazon
-ECR endpoints and quotas": besides the usual hosts there are those of FIPS and of IPv6."""
+"""Registries have the usual hosts, and others for FIPS and IPv6. Amazon ECR User Guide, "Making
+requests to Amazon ECR registries"; AWS General Reference, "Amazon ECR endpoints and quotas"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +27,12 @@ class EcrImage:
     """An image or a repository in Amazon ECR.
 
     Attributes:
-        host: Of the registry.
-        account: Whose.
-        region: Where.
+        host: Host of the registry.
+        account: Account of the registry.
+        region: Region of the registry.
         repository: Name of the repository.
-        tag: Empty: none is given.
-        digest: Empty: none is given.
+        tag: Empty if the name has no tag.
+        digest: Empty if the name has no digest.
     """
 
     host: str
@@ -44,7 +44,7 @@ class EcrImage:
 
     @classmethod
     def parse(cls, uri: str) -> EcrImage | None:
-        """Read the name of an image or repository; ``None``: it is not in Amazon ECR."""
+        """Parse the name of an image or repository; ``None``: it is not in Amazon ECR."""
         found = _IMAGE.fullmatch(uri)
         if found is None:
             return None
@@ -64,6 +64,6 @@ class EcrImage:
 
 
 def is_repository_name(name: str) -> bool:
-    """Whether Amazon ECR takes it for a repository."""
+    """Return whether Amazon ECR accepts this name for a repository."""
     fits = _REPOSITORY_LEAST <= len(name) <= _REPOSITORY_LARGEST
     return fits and re.fullmatch(_REPOSITORY, name) is not None

@@ -1,4 +1,4 @@
-"""What goes into a worker's image: collected as plain data, named by its hash."""
+"""Collects the contents of a worker's image as plain data, named by its hash."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ __all__ = [
 
 PLATFORMS = ("linux/amd64", "linux/arm64")
 WORKER_REQUIREMENTS = ("cloudpickle", "grpcio", "protobuf", "tenacity", "urllib3")
-"""All that a worker imports beside cloudexec and the standard library. The image gets the
-client's versions of these, and of what they require: payloads and messages then fit."""
+"""All packages that a worker imports besides cloudexec. The image gets the versions that the client
+has of these and of their dependencies, so that payloads and messages fit."""
 
 INIT_REQUIREMENT = "dumb-init==1.2.5.post1"
-"""The image's init, a static promise for both platforms: it comes as a wheel, so no package
-manager is needed in the base image, and no emulation to run one for another platform."""
+"""The image's init, a static program for both platforms. It comes as a wheel, so the base image
+needs no package manager, and an image for another platform needs no emulation to install it."""
 
 _PYTHON = re.compile(r"3\.\d{1,2}")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.:-]*(=[A-Za-z0-9.+:~-]+)?")
@@ -63,24 +63,24 @@ _PIP_OPTIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
-    """What image is wanted.
+    """Options of an image.
 
     Raises:
         ConfigError: If a field is out of its range.
     """
 
     python: str = f"{sys.version_info.major}.{sys.version_info.minor}"
-    """Minor version; functions can only be sent to the version that sent them."""
+    """Minor version. Functions run only on the minor version that has pickled them."""
     platform: str = "linux/amd64"
     """One of ``PLATFORMS``."""
     base: str = ""
-    """Image that has this Python with pip, and glibc; empty: the official one."""
+    """Image with this Python, pip and glibc; empty: the official one."""
     builder: str = ""
-    """The same base for the engine's own platform, where ``base`` is for one platform only."""
+    """The same base for the engine's own platform, if ``base`` is for one platform only."""
     requirements: Path | None = None
-    """A requirements file or a lock file in that format, for the user's functions."""
+    """The user's requirements file, or a lock file in its format."""
     wheelhouse: Path | None = None
-    """Directory of wheels to install from, instead of any index."""
+    """Directory of wheels, which are installed instead of those of an index."""
     packages: tuple[str, ...] = ()
     """Debian packages."""
 
@@ -99,7 +99,7 @@ class ImageSpec:
 
     @property
     def base_image(self) -> str:
-        """The base that is used."""
+        """The base image in use."""
         return self.base or default_base(self.python)
 
 
@@ -110,16 +110,16 @@ def default_base(python: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """A build context as data: what goes into an image, except its base."""
+    """A build context as data: all contents of an image except its base."""
 
     spec: ImageSpec
     version: str
-    """Of cloudexec."""
+    """Version of cloudexec."""
     files: Mapping[str, bytes | Path] = field(repr=False)
-    """Content, or the file that has it, by path in the context."""
+    """Content, or the file that holds it, by path in the context."""
 
     def content_hash(self, base_id: str) -> str:
-        """Return 16 hex digits that differ when the image would, on a base of this id."""
+        """Return 16 hex digits that differ if the image differs, on the base with this id."""
         spec = self.spec
         whole = hashlib.sha256()
         whole.update(
@@ -140,10 +140,10 @@ class Contents:
 
     @contextlib.contextmanager
     def directory(self) -> Iterator[Path]:
-        """Yield a temporary directory with all files in it."""
+        """Yield a temporary directory that holds all files."""
         with tempfile.TemporaryDirectory(prefix="cloudexec-image-") as name:
             root = Path(name)
-            # The Dockerfile copies this one always; a wheelhouse need not be there.
+            # The Dockerfile always copies this directory, even if there is no wheelhouse.
             (root / "wheelhouse").mkdir()
             for path, content in self.files.items():
                 target = root / path
@@ -163,7 +163,7 @@ def _digest(content: bytes | Path) -> str:
 
 
 def collect(spec: ImageSpec) -> Contents:
-    """Collect what goes into the image.
+    """Collect the contents of an image.
 
     Raises:
         ConfigError: If the requirements cannot be used in an image, or cloudexec itself is
@@ -194,22 +194,22 @@ def collect(spec: ImageSpec) -> Contents:
 
 
 def own_folder() -> Path:
-    """Return the directory of cloudexec, as it runs here."""
+    """Return the directory of the cloudexec that runs here."""
     return Path(__file__).parent.parent
 
 
 def own_version() -> str:
-    """Return the version of cloudexec that runs here."""
+    """Return the version of the cloudexec that runs here."""
     return _own_version(own_folder())
 
 
 def own_wheel() -> bytes:
-    """Return a wheel of the code that runs here, the same for the same code."""
+    """Return a wheel of the code that runs here. The same code gives the same bytes."""
     return _own_wheel(own_folder(), own_version())[1]
 
 
 def worker_pins() -> list[str]:
-    """Return the requirements of a worker, as pip has them, in the versions installed here."""
+    """Return a worker's requirements in pip's format, with the versions installed here."""
     pins: dict[str, str] = {}
     wanted = list(WORKER_REQUIREMENTS)
     while wanted:
@@ -224,7 +224,7 @@ def worker_pins() -> list[str]:
                     f"{name} is not installed as a package here, so its version for the image is "
                     f"not known: install cloudexec with pip"
                 ) from None
-            continue  # wanted under a condition that does not hold here
+            continue  # it is required under a condition that does not hold here
         pins[name] = f"{name}=={distribution.version}"
         for requirement in distribution.requires or ():
             if "extra ==" not in requirement and (match := _PROJECT.match(requirement)):
@@ -237,7 +237,7 @@ def _canonical(name: str) -> str:
 
 
 def _recipe(package: Path) -> dict[str, bytes | Path]:
-    # An installed package has the directory images/ of the source tree inside.
+    # An installed package contains the directory images/ of the source tree.
     for folder in (package / "_aws" / "_image", package.parent / "images"):
         if (folder / "Dockerfile").is_file():
             return {name: (folder / name).read_bytes() for name in ("Dockerfile", "assemble.py")}
@@ -254,10 +254,10 @@ def _own_version(package: Path) -> str:
 
 
 def _own_wheel(package: Path, version: str) -> tuple[str, bytes]:
-    """Make a wheel of the code that runs here: name and content, the same for the same code.
+    """Make a wheel of the code that runs here, and return its name and content.
 
-    It is made from the files rather than from a source tree, so it does not matter how cloudexec
-    was installed. It requires nothing: what the client needs has no place in the image.
+    It is made from the installed files, so any way of installing cloudexec will do. The same code
+    gives the same bytes. The wheel has no requirements, as the image needs none of the client's.
     """
     info = f"cloudexec-{version}.dist-info"
     files = {
@@ -277,7 +277,7 @@ def _own_wheel(package: Path, version: str) -> tuple[str, bytes]:
         record += f"{name},sha256={digest},{len(content)}\n"
     files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
     buffer = io.BytesIO()
-    # Stored, without times of their own: the bytes depend on nothing but the code.
+    # The entries have no compression and a fixed time, so the bytes depend on the code alone.
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as wheel:
         for name, content in files.items():
             entry = zipfile.ZipInfo(name)
@@ -287,7 +287,7 @@ def _own_wheel(package: Path, version: str) -> tuple[str, bytes]:
 
 
 class _Requirements:
-    """A user's requirements file, with the files that it names, fit for the build context."""
+    """A user's requirements file and the files that it names, checked for the build context."""
 
     def __init__(self, path: Path) -> None:
         self._requirements: list[str] = []
@@ -296,7 +296,7 @@ class _Requirements:
         self._read(path, self._requirements)
 
     def files(self) -> dict[str, bytes]:
-        """Return the files for the context."""
+        """Return the files for the build context."""
         found = {"user.txt": "".join(self._requirements).encode()}
         if self._constraints:
             found["constraints.txt"] = "".join(self._constraints).encode()
@@ -342,13 +342,13 @@ class _Requirements:
         elif line[0] in "./~" or "@ file:" in line or line.startswith("file:"):
             raise _local(where, line)
         elif (match := _PROJECT.match(line)) and _canonical(match[1]) == "cloudexec":
-            pass  # the image has the very code that runs here
+            pass  # the image gets the code that runs here
         else:
             into.append(f"{line}\n")
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield lines with their numbers, continuations joined, without comments and blanks."""
+    """Yield logical lines with their numbers. Continuations are joined, comments are left out."""
     joined, first = "", 0
     for number, line in enumerate(text.splitlines(), 1):
         first = first if joined else number

@@ -1,4 +1,4 @@
-"""The container engine of this machine: Docker or Podman, through the Docker API."""
+"""Builds and pushes images with this machine's container engine, Docker or Podman."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CERTIFICATES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 _LOG_LINES = 25
 _STAGE = "cloudexec.stage=builder"
-"""Label of what a build leaves without a name. See the Dockerfile."""
+"""Label of the unnamed images that a build leaves. See the Dockerfile."""
 _ENGINE_TIMEOUT = 1800
-"""Seconds without a word from the engine: a large layer takes minutes to be written or sent."""
+"""Seconds to wait for data from the engine. Writing or sending a large layer takes minutes."""
 
 Report = Callable[[str], None]
-"""Told what is going on, one line at a time, in any thread."""
+"""Called with one line of a log at a time, in any thread."""
 
 
 PushReport = Callable[[Mapping[str, Any]], None]
-"""Told each event of a push as the Docker API has them, in any thread."""
+"""Called with each event of a push as the Docker API sends it, in any thread."""
 
 
 def ignore_line(line: str) -> None:
@@ -58,7 +58,7 @@ class Engine:
 
     @property
     def client(self) -> Any:
-        """The client of docker-py, for all that images do not need."""
+        """The client of docker-py, for uses other than images."""
         return self._client
 
     def close(self) -> None:
@@ -79,16 +79,16 @@ class Engine:
         return f"linux/{names.get(architecture, architecture)}"
 
     def base_id(self, name: str, platform: str, *, pull: bool = True) -> str:
-        """Return what tells this base image from others of the same name.
+        """Return an id that distinguishes this base image from others of the same name.
 
         Args:
-            name: The image's.
-            platform: Wanted.
-            pull: Whether to get the image if the engine does not have it.
+            name: Name of the image.
+            platform: The platform that is needed.
+            pull: Whether to pull the image if the engine does not have it.
 
         Returns:
-            The image's id, or an empty string if it is not here for the platform and was not
-            pulled.
+            The image's id, or an empty string if the engine does not have it for the platform and
+            did not pull it.
 
         Raises:
             LaunchError: If the image cannot be pulled.
@@ -112,10 +112,10 @@ class Engine:
         """Build an image.
 
         Args:
-            name: With its tag.
-            contents: What goes in.
-            labels: The image's.
-            report: Told each line of the build's log.
+            name: Name of the image, with its tag.
+            contents: The build context.
+            labels: Labels of the image.
+            report: Called with each line of the build's log.
 
         Returns:
             The image's id.
@@ -140,8 +140,8 @@ class Engine:
             (directory / "about.json").write_text(
                 json.dumps(dict(labels), indent=2, sort_keys=True)
             )
-            # Behind a proxy that inspects TLS, pip needs in there what it needs here. The image
-            # is the same with or without it, so it is no part of the contents.
+            # Behind a proxy that inspects TLS, pip needs the proxy's certificate inside the build,
+            # too. It is not part of the contents, as it does not change the image.
             if certificates := _certificates():
                 shutil.copyfile(certificates, directory / "requirements" / "certificates.pem")
             for event in self._client.api.build(
@@ -171,7 +171,7 @@ class Engine:
         return str(found["Id"])
 
     def _remove_old_stages(self) -> None:
-        """Remove what earlier builds left without a name; the newest speeds the next one up."""
+        """Remove unnamed images of earlier builds. The newest stays, to speed up the next build."""
         import docker.errors
 
         stages = self._client.api.images(filters={"dangling": True, "label": _STAGE})
@@ -190,11 +190,11 @@ class Engine:
         """Push an image.
 
         Args:
-            image: Name or id of it here.
-            repository: Where to, without a tag.
-            tag: Of the image there.
-            credentials: User name and password, as docker-py has them.
-            report: Told each event of the push.
+            image: Its name or id on this machine.
+            repository: Repository to push to, without a tag.
+            tag: Tag of the image in the repository.
+            credentials: User name and password, as docker-py takes them.
+            report: Called with each event of the push.
 
         Returns:
             The digest, or an empty string where the engine does not say.
@@ -220,10 +220,10 @@ class Engine:
         return str(digest)
 
     def find(self, name: str) -> dict[str, Any] | None:
-        """Return what the engine knows of an image, or ``None`` if it has none of this name.
+        """Return the engine's description of an image; ``None`` if it has none of this name.
 
         Raises:
-            LaunchError: If the engine does not answer as it should.
+            LaunchError: If the engine does not answer as expected.
         """
         import docker.errors
 
@@ -235,7 +235,7 @@ class Engine:
         return found
 
     def pull(self, name: str, platform: str) -> None:
-        """Get an image from its registry, or a newer one.
+        """Pull an image from its registry, even if the engine has an older one.
 
         Raises:
             LaunchError: If that fails.
@@ -268,7 +268,7 @@ class Engine:
             ) from exc
         except (requests.exceptions.RequestException, OSError) as exc:
             raise LaunchError(
-                f"the container engine went away while it was to {what}: {exc}",
+                f"the connection to the container engine broke while it was to {what}: {exc}",
                 reason="\n".join(tail),
             ) from exc
 
@@ -295,7 +295,7 @@ def _connect() -> Any:
     for address in tried:
         client = None
         try:
-            # docker-py would leave a socket open that it cannot connect.
+            # If docker-py fails to connect to a socket, it leaves the socket open.
             _try_socket(address)
             # from_env also reads DOCKER_TLS_VERIFY and DOCKER_CERT_PATH.
             client = docker.from_env(
@@ -340,7 +340,7 @@ def _platform_of(found: Mapping[str, Any]) -> str:
 
 def _failure(what: str, error: str, tail: deque[str]) -> LaunchError:
     error = error.strip()
-    # Ours ends the log with the reason; the engine's own sentence is then of no use.
+    # If cloudexec's own build step failed, its reason says more than the engine's sentence.
     ours = [line.removeprefix("cloudexec: ") for line in tail if line.startswith("cloudexec: ")]
     shown = [f"  {line}" for line in tail if not line.startswith(("-->", "["))]
     message = f"{what}: {ours[-1] if ours else error}"

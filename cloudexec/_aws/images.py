@@ -1,7 +1,7 @@
 """The worker's image: built once and pushed once per content.
 
-The content is collected first, as plain data, and named by its hash; an image of that name is
-neither built nor pushed a second time, no matter who did it first.
+The content is collected first, as plain data, and its hash is part of the image's name. If an image
+of that name exists, it is neither built nor pushed again, whoever built it.
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ __all__ = [
 T = TypeVar("T")
 
 LOCAL_NAME = "localhost/cloudexec-worker"
-"""Repository of images that were built and not pushed."""
+"""Repository name of images that were built, but not pushed."""
 
 LABELS = ("cloudexec.version", "cloudexec.python", "cloudexec.platform", "cloudexec.content")
-"""Labels of each image: versions, as text; the platform; the hash that the tag ends with."""
+"""Labels of each image: versions, as text; the platform; the hash at the end of the tag."""
 
 _DIGEST_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """An image that may exist here, in a repository, or nowhere yet."""
+    """The description of an image, which may not be built yet."""
 
     contents: Contents
     base_id: str
-    """What the base image is at this time: a tag such as ``3.11-slim`` moves."""
+    """Id of the base image at present. A tag such as ``3.11-slim`` may get another image later."""
 
     @property
     def content_hash(self) -> str:
-        """16 hex digits that differ when the image would."""
+        """16 hex digits that differ if the image differs."""
         return self.contents.content_hash(self.base_id)
 
     @property
     def tag(self) -> str:
-        """The image's tag: readable to people, and unique to the content."""
+        """The image's tag, readable for people and unique for its content."""
         spec = self.contents.spec
         machine = spec.platform.rpartition("/")[2]
         version = re.sub(r"[^A-Za-z0-9_.-]", "-", self.contents.version)
@@ -80,35 +80,35 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalImage:
-    """An image that the local engine has."""
+    """An image of the local engine."""
 
     name: str
-    """With its tag."""
+    """Name with the tag."""
     image_id: str
     size_bytes: int
     was_built: bool
-    """Whether it was built just now; otherwise it was there."""
+    """Whether this call has built it; otherwise it existed before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushedImage:
-    """An image that a repository has."""
+    """An image in a repository."""
 
     uri: str
-    """Pinned by digest: ``repository@sha256:...``."""
+    """URI with the digest: ``repository@sha256:...``."""
     tag: str
     was_pushed: bool
-    """Whether it was pushed just now; otherwise it was there."""
+    """Whether this call has pushed it; otherwise it existed before."""
 
 
 class Repository(Protocol):
-    """Where images go."""
+    """A repository to which images are pushed."""
 
     async def digest(self, tag: str) -> str | None:
         """Return the digest of the image with this tag, or ``None`` if there is none."""
 
     async def login(self) -> tuple[str, Mapping[str, str] | None]:
-        """Return the name to push to, without a tag, and user name and password if needed."""
+        """Return the repository's name without a tag, and user name and password if needed."""
 
 
 class EcrRepository:
@@ -160,30 +160,30 @@ class EcrRepository:
         return str(found["imageDetails"][0]["imageDigest"])
 
     async def login(self) -> tuple[str, Mapping[str, str] | None]:
-        """Return the name to push to, and a password that holds for 12 hours."""
+        """Return the repository's name, and a password that is valid for 12 hours."""
         found = await self._clients.call("ecr", "get_authorization_token", region=self._region)
         data = found["authorizationData"][0]
         user, _, password = base64.b64decode(data["authorizationToken"]).decode().partition(":")
-        # The registry's own host in AWS; elsewhere whatever stands in for it.
+        # In AWS, this is the registry's own host. In the emulation, it is the emulated registry.
         host = str(data["proxyEndpoint"]).partition("://")[2].rstrip("/")
         return f"{host}/{self._name}", {"username": user, "password": password}
 
 
 def plan(spec: ImageSpec, *, engine: Engine, pull: bool = True, refresh: bool = False) -> Planned:
-    """Find out what the image would be called, without building it.
+    """Determine an image's contents and name without building it.
 
     Args:
-        spec: What is wanted.
-        engine: Has the base, or gets it: the image's name depends on it.
-        pull: Whether it may get the base if it has none.
-        refresh: Whether it looks for a newer base.
+        spec: Options of the image.
+        engine: Looks up or pulls the base image, whose id is part of the hash.
+        pull: Whether the engine may pull the base if it does not have it.
+        refresh: Whether the engine looks for a newer base.
 
     Returns:
         The image's contents and name.
 
     Raises:
         ConfigError: If the requirements cannot be used in an image.
-        LaunchError: If the base cannot be pulled, or is not here and must not be.
+        LaunchError: If the base cannot be pulled, or is missing and ``pull`` is false.
     """
     contents = collect(spec)
     if refresh:
@@ -198,12 +198,12 @@ def plan(spec: ImageSpec, *, engine: Engine, pull: bool = True, refresh: bool = 
 
 
 def build(planned: Planned, *, engine: Engine, report: Report = ignore_line) -> LocalImage:
-    """Build an image, unless the engine has one of the same content.
+    """Build an image, unless the engine has one with the same content.
 
     Args:
         planned: The image.
         engine: Builds it.
-        report: Told each line of the build's log.
+        report: Called with each line of the build's log.
 
     Returns:
         The image.
@@ -241,14 +241,14 @@ async def push(
     report: Report = ignore_line,
     report_push: PushReport = ignore_push,
 ) -> PushedImage:
-    """Push an image, built if need be, unless the repository has one of the same content.
+    """Push an image, unless the repository has one with the same content. Build it if needed.
 
     Args:
         planned: The image.
-        repository: Where it goes.
-        engine: Builds and pushes.
-        report: Told each line of a build's log, in another thread.
-        report_push: Told each event of the push, in another thread.
+        repository: Repository to push to.
+        engine: Builds and pushes the image.
+        report: Called with each line of a build's log, in another thread.
+        report_push: Called with each event of the push, in another thread.
 
     Returns:
         The image in the repository.
@@ -269,7 +269,7 @@ async def push(
     for attempt in range(_DIGEST_ATTEMPTS):
         if digest:
             return PushedImage(uri=f"{name}@{digest}", tag=planned.tag, was_pushed=True)
-        # This engine did not say it; the registry knows, if not at once.
+        # This engine does not report the digest. The registry does, perhaps after some seconds.
         await asyncio.sleep(attempt)
         digest = await repository.digest(planned.tag)
     raise LaunchError(
@@ -279,9 +279,9 @@ async def push(
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """Make a call in a thread that nobody waits for if Ctrl-C comes first.
+    """Make a call in a thread, and do not wait for the thread if Ctrl-C comes first.
 
-    The engine stops what it does when the connection ends, with the process.
+    The process then ends, the engine loses its connection, and stops the work.
     """
     future: Future[T] = Future()
 
@@ -304,11 +304,11 @@ async def push_to_profile(
     report: Report = ignore_line,
     report_push: PushReport = ignore_push,
 ) -> PushedImage:
-    """Push an image to the profile's repository and note it in the profile, pinned by digest.
+    """Push an image to the profile's repository, and save its digest in the profile.
 
     Args:
-        planned: The image; built if need be.
-        profile: Names the repository; is saved.
+        planned: The image; it is built if needed.
+        profile: Names the repository; it is saved.
         clients: Calls to AWS, in the profile's region.
         engine: Builds and pushes.
         report: As for ``push``.
@@ -329,7 +329,7 @@ async def push_to_profile(
     repository = EcrRepository(clients, profile.repository)
     pushed = await push(planned, repository, engine=engine, report=report, report_push=report_push)
     spec = planned.contents.spec
-    # By the name that AWS has for it: what stands in for ECR on this machine is nobody else's.
+    # The profile gets AWS's name of the repository, and not that of an emulated registry.
     pushed = replace(pushed, uri=f"{profile.repository}@{pushed.uri.rpartition('@')[2]}")
     profile.with_image(spec.python, spec.platform, pushed.uri).save()
     return pushed

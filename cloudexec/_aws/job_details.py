@@ -1,4 +1,4 @@
-"""Reading what AWS Batch says of a job: times, sizes, reasons, how long its workers ran."""
+"""Reads descriptions of jobs: times, sizes, reasons, and how long their workers ran."""
 
 from __future__ import annotations
 
@@ -50,29 +50,29 @@ __all__ = [
 ]
 
 NO_CLIENT = 4
-"""The exit code of a worker that could not reach its client, or not any more."""
+"""Exit code of a worker that could not connect to its client, or lost it for good."""
 _FOUND_NO_CLIENT = "it could not reach the program (exit code 4)"
 _LAUNCH = re.compile(r"-(\d+)$")
 _BATCH_LOG_GROUP = "/aws/batch/job"
-"""Where AWS Batch writes unless told otherwise. AWS Batch User Guide, "Job states"."""
+"""AWS Batch's default log group. AWS Batch User Guide, "Job states"."""
 
 
 @dataclass(slots=True)
 class Runs:
-    """How long a job's workers ran."""
+    """The runs of a job's workers, added up."""
 
     seconds: list[float] = field(default_factory=list)
     now: int = 0
-    """How many run now."""
+    """Number of workers that run now."""
     is_complete: bool = True
     failures: Counter[str] = field(default_factory=Counter)
     """Reasons of failed workers."""
     without_client: int = 0
-    """Failed workers that could not reach the program, or not any more."""
+    """Number of failed workers that could not connect to the program, or lost it for good."""
     ordered: int = 0
-    """How many workers AWS Batch calls FAILED because they were told to end."""
+    """Number of workers that AWS Batch calls FAILED because they were told to end."""
     waiting: str = ""
-    """Why a worker waits, where AWS Batch says so."""
+    """Why a worker waits, if AWS Batch says so."""
 
 
 def utc_now() -> datetime:
@@ -104,7 +104,7 @@ def executor_of(detail: Mapping[str, Any]) -> str:
 
 
 def run_of(detail: Mapping[str, Any]) -> str:
-    """Return the name of the run of whose machine this is the job; empty: it has workers."""
+    """Return the name of the run whose program this job runs; empty if the job runs workers."""
     executor = executor_of(detail)
     return executor.removeprefix(RUN_EXECUTOR) if executor.startswith(RUN_EXECUTOR) else ""
 
@@ -115,13 +115,13 @@ def first_worker(detail: Mapping[str, Any]) -> int | None:
 
 
 def log_group_of(detail: Mapping[str, Any], otherwise: str) -> str:
-    """Return where a job's logs are: what it says itself, else what a profile says."""
+    """Return the log group of a job, or else the given one."""
     options = container_of(detail).get("logConfiguration", {}).get("options", {})
     return str(options.get("awslogs-group") or otherwise or _BATCH_LOG_GROUP)
 
 
 def container_of(detail: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the container's part, also of a job with ``ecsProperties``."""
+    """Return the container's description, also of a job with ``ecsProperties``."""
     container: Mapping[str, Any] = detail.get("container", {})
     if container:
         return container
@@ -131,7 +131,7 @@ def container_of(detail: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def size_of(container: Mapping[str, Any]) -> tuple[float, int]:
-    """Return vCPUs and MiB of a job's container, as requested."""
+    """Return the vCPUs and the MiB that a job's container requests."""
     asked = {each["type"]: each["value"] for each in container.get("resourceRequirements", ())}
     return (
         float(asked.get("VCPU") or container.get("vcpus") or 0),
@@ -145,18 +145,18 @@ def arch_of(container: Mapping[str, Any]) -> str:
 
 
 def was_ordered(detail: Mapping[str, Any]) -> bool:
-    """Whether AWS Batch calls a worker FAILED because it was told to end."""
+    """Return whether AWS Batch calls a worker FAILED because it was told to end."""
     reason = str(detail.get("statusReason", ""))
     return detail["status"] == "FAILED" and reason.startswith(ORDERED_ENDS)
 
 
 def workers_of(detail: Mapping[str, Any], ordered: int = 0) -> Mapping[str, int]:
-    """Return how many workers are in which state.
+    """Return the number of workers in each state.
 
     Args:
-        detail: Of the job.
-        ordered: How many workers of an array have failed because they were told to end: they are
-            ``TOLD_TO_END`` instead.
+        detail: Description of the job.
+        ordered: Number of an array's workers that have failed because they were told to end. They
+            count as ``TOLD_TO_END`` instead.
     """
     counts = _counts_of(detail)
     if not detail.get("arrayProperties", {}).get("size"):
@@ -181,7 +181,7 @@ def _counts_of(detail: Mapping[str, Any]) -> dict[str, int]:
 
 
 def reason_of(detail: Mapping[str, Any]) -> str:
-    """Return the container's reason, which says more, and the job's."""
+    """Return the container's reason, which is more precise, and then the job's."""
     if exit_code_of(detail) == NO_CLIENT and not run_of(detail):
         return _FOUND_NO_CLIENT
     container = detail.get("container", {}).get("reason")
@@ -226,12 +226,12 @@ def streams_of(detail: Mapping[str, Any]) -> list[tuple[int, str]]:
 
 
 def own_runs(detail: Mapping[str, Any], now: float) -> Runs:
-    """Return the runs of one worker, from its description or its line in a list."""
+    """Return the runs of one worker, from its description or its summary in a list."""
     attempts = [each for each in detail.get("attempts", ()) if each.get("startedAt")]
     spans = {int(each["startedAt"]): each.get("stoppedAt") for each in attempts}
     started = detail.get("startedAt")
     has_ended = detail["status"] in ENDED
-    # What runs now is not among the attempts until it has ended.
+    # A running attempt is added to the attempts only when it ends.
     if started and int(started) not in spans and (not has_ended or not spans):
         spans[int(started)] = detail.get("stoppedAt")
     found_none = has_ended and exit_code_of(detail) == NO_CLIENT and not run_of(detail)
@@ -246,9 +246,9 @@ def own_runs(detail: Mapping[str, Any], now: float) -> Runs:
 
 
 def may_run_again(detail: Mapping[str, Any]) -> bool:
-    """Whether AWS Batch may start a worker again that had run.
+    """Return whether AWS Batch may start a worker again that has run before.
 
-    The reasons of a failed start, which our own jobs are started again for, end an attempt that
+    Retries after a failed start, which cloudexec's own jobs have, do not count: a failed start
     never ran and cost nothing.
     """
     strategy = detail.get("retryStrategy", {})
@@ -256,7 +256,7 @@ def may_run_again(detail: Mapping[str, Any]) -> bool:
         return False
     rules = strategy.get("evaluateOnExit", ())
     if not rules or (rules[-1].get("onReason"), rules[-1]["action"].upper()) != ("*", "EXIT"):
-        return True  # what fits no rule is retried
+        return True  # AWS Batch retries what fits no rule
     return any(
         each["action"].upper() == "RETRY"
         and not (each.get("onStatusReason") or each.get("onReason", "")).startswith(FAILED_STARTS)
@@ -277,7 +277,7 @@ def states_of(state: str | Iterable[str] | None) -> set[str] | None:
 
 
 def by_executor(jobs: Iterable[JobInfo]) -> list[list[JobInfo]]:
-    """Group jobs; the executor with the newest job, and the newest job of each, come first."""
+    """Group jobs by executor. The newest job of each comes first, and so does the newest group."""
     groups: dict[str, list[JobInfo]] = {}
     for job in sorted(jobs, key=lambda each: each.created_at, reverse=True):
         groups.setdefault(job.executor, []).append(job)

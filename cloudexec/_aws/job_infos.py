@@ -1,4 +1,4 @@
-"""What is told of a job: its state and size, how long its workers ran, what that cost."""
+"""Makes the records of jobs that users see: state, size, run time and cost."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ _USUAL_DISK_GIB = 30
 
 
 class _Budget:
-    """Calls that may yet be made."""
+    """The number of calls that may still be made."""
 
     def __init__(self, calls: int) -> None:
         self._left = calls
 
     def take(self) -> bool:
-        """Take one, if there is one."""
+        """Count one call, and return whether it may be made."""
         self._left -= 1
         return self._left >= 0
 
 
 class JobInfos:
-    """Says of jobs what a user is told.
+    """Makes records of jobs from their descriptions.
 
     Args:
-        calls: How AWS is asked.
-        search: Knows queues, and looks at the children of arrays.
-        log_group: Where logs are if a job does not say.
-        prices: By default those last learned for the region.
-        child_calls: How many calls one answer may spend on the children of arrays.
+        calls: Calls to AWS.
+        search: Knows the queues, and describes the children of arrays.
+        log_group: Log group of jobs that do not name one.
+        prices: By default the prices that were last looked up for the region.
+        child_calls: Most calls that one answer makes to list children of arrays.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class JobInfos:
     ) -> tuple[WorkerPrice, str, bool]:
         """Return the price, the compute, and whether it is Spot."""
         compute, spot = self._search.compute_of(detail.get("jobQueue", ""))
-        if "spot" in detail:  # what is no job of AWS Batch says it itself
+        if "spot" in detail:  # it is no job of AWS Batch
             compute, spot = str(detail.get("compute", "fargate")), bool(detail["spot"])
         capabilities = (
             detail.get("platformCapabilities")
@@ -211,7 +211,7 @@ class JobInfos:
         return price, compute, spot
 
     async def _learn_definitions(self, details: Iterable[Mapping[str, Any]]) -> None:
-        """Look definitions up where a job itself does not tell its size."""
+        """Look up the definitions of jobs whose own descriptions lack the size."""
         needed = {
             str(each["jobDefinition"])
             for each in details
@@ -245,7 +245,7 @@ class JobInfos:
         counts = workers_of(detail)
         states = [state for state in ("RUNNING", "SUCCEEDED", "FAILED") if counts.get(state)]
         if detail["status"] in ACTIVE and "RUNNING" not in states:
-            states.append("RUNNING")  # the counts lag
+            states.append("RUNNING")  # the counts are updated late
         children: dict[str, Mapping[str, Any]] = {}
         runs = Runs()
         for state in states:
@@ -253,7 +253,7 @@ class JobInfos:
             children |= {each["jobId"]: each for each in summaries}
             runs.is_complete = runs.is_complete and is_complete
         if may_run_again(detail):
-            # A line of a list knows the last attempt only.
+            # Summaries in a list have the last attempt only.
             started = [key for key, each in children.items() if each.get("startedAt")]
             for i in range(0, len(started), DESCRIBE_JOBS):
                 if not budget.take():
@@ -271,7 +271,7 @@ class JobInfos:
             elif child["status"] == "FAILED" and (reason := reason_of(child)):
                 runs.failures[reason] += 1
         if counts.get("RUNNABLE") and budget.take():
-            # Only the first in the queue is told why it waits: one page has it.
+            # AWS Batch gives a reason to the first job in the queue only, so one page suffices.
             page = await self._calls.call(
                 "batch",
                 "list_jobs",
@@ -292,7 +292,7 @@ class JobInfos:
     async def _children(
         self, parent_id: str, state: str, budget: _Budget
     ) -> tuple[list[Mapping[str, Any]], bool]:
-        """Return the children of an array that are in a state, and whether these are all."""
+        """Return the children of an array in one state, and whether the list is complete."""
         found: list[Mapping[str, Any]] = []
         token: dict[str, Any] = {}
         while budget.take():

@@ -1,4 +1,4 @@
-"""Reading the logs of a job's workers."""
+"""Reads the logs of a job's workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["JobLogs"]
 
 _LOG_POLL = 1.0
 _LOG_SETTLE = 2
-"""Looks at a log that must find nothing new after the job ended: lines arrive a little late."""
+"""Number of times that the log is read without new lines after the job's end: they come late."""
 _MISSING_LOG = "ResourceNotFoundException"
 
 
@@ -24,9 +24,9 @@ class JobLogs:
     """Reads logs.
 
     Args:
-        calls: How AWS is asked.
-        search: Looks again at a job that is followed.
-        log_group: Where logs are if a job does not say.
+        calls: Calls to AWS.
+        search: Describes a job again while its log is followed.
+        log_group: Log group of jobs that do not name one.
     """
 
     def __init__(self, calls: PacedCalls, search: JobSearch, log_group: str) -> None:
@@ -39,13 +39,13 @@ class JobLogs:
     ) -> AsyncIterator[LogLine]:
         """Yield the lines of a job without children, or of one child."""
         tokens: dict[str, str] = {}
-        # Of a job with several attempts, the tail is that of the last one so far.
+        # If a job has several attempts, the tail is that of the last one so far.
         tails = {} if tail is None else {stream: tail for _, stream in streams_of(detail)[-1:]}
         first = 0 if tail is None else max(0, len(streams_of(detail)) - 1)
         has_read = False
         quiet = 0
         while True:
-            # What was true before the log is read: what it said last is then still read.
+            # The state is taken before the log is read, so that the last lines are not missed.
             has_ended = detail["status"] in ENDED
             streams = streams_of(detail)
             has_news = False
@@ -59,8 +59,8 @@ class JobLogs:
                 except AwsError as exc:
                     if exc.code != _MISSING_LOG:
                         raise
-                    # The stream's name is known before anything is in it.
-            # A retry begins another stream; the one before it is looked at once more.
+                    # The description names the stream before it has any events.
+            # A retry begins another stream. The one before it is read once more.
             first = max(first, len(streams) - 1)
             quiet = 0 if has_news or not has_ended else quiet + 1
             if (has_read and not follow) or quiet > _LOG_SETTLE:
@@ -80,7 +80,7 @@ class JobLogs:
         tokens: dict[str, str],
         tail: int | None,
     ) -> AsyncIterator[LogLine]:
-        """Yield what a stream has beyond what was read."""
+        """Yield the lines of a stream that have not been read yet."""
         group = log_group_of(detail, self._log_group)
         while True:
             token = tokens.get(stream)
@@ -107,7 +107,7 @@ class JobLogs:
                 return
 
     def no_log(self, detail: Mapping[str, Any]) -> AwsError:
-        """Return the error which says that a job has no log."""
+        """Return the error for a job without a log."""
         job, state = detail["jobId"], detail["status"]
         if state in ENDED:
             reason = reason_of(detail)

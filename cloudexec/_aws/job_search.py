@@ -1,4 +1,4 @@
-"""Finding cloudexec's jobs in an account."""
+"""Finds cloudexec's jobs in an account."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class JobSearch:
     """Finds jobs by executor, name, id or worker.
 
     Args:
-        calls: How AWS is asked.
-        queues: Name or ARN by kind, as a profile has them; empty: all queues of the region.
-        tasks: Finds tasks of Amazon ECS, which are jobs for all who ask here.
-        instances: Finds EC2 instances without AWS Batch, which are jobs, too; ``None``: there are
-            none.
+        calls: Calls to AWS.
+        queues: Name or ARN of each queue by kind, as in a profile; empty: all of the region.
+        tasks: Finds tasks of Amazon ECS, which count as jobs.
+        instances: Finds EC2 instances that run workers, which count as jobs, too; ``None``: there
+            are none.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class JobSearch:
         self._known_queues: dict[str, tuple[str, bool]] = {}
 
     def compute_of(self, queue: str) -> tuple[str, bool]:
-        """Return the compute of a queue, empty if it is not known, and whether it is Spot."""
+        """Return a queue's compute, empty if it is not known, and whether it is Spot."""
         return self._known_queues.get(last_part(queue), ("", False))
 
     async def jobs(
         self, *, executor: str | None = None, active: bool | None = None, name: str = ""
     ) -> list[Mapping[str, Any]]:
-        """Return what DescribeJobs says of jobs of ours, without the children of arrays."""
+        """Return the descriptions of cloudexec's jobs, without the children of arrays."""
         if executor is not None and not executor.strip():
-            raise ConfigError("an executor is its id, as `cloudexec ps` shows it, not nothing")
+            raise ConfigError("executor is empty: give the id that `cloudexec ps` shows")
         pattern = name or f"{JOB_PREFIX}{executor}-*" if executor or name else f"{JOB_PREFIX}*"
         listed = await asyncio.gather(
             *(self._listed(queue, pattern) for queue in await self._queues())
@@ -71,7 +71,7 @@ class JobSearch:
         details = [each for each in found if executor_of(each)]
         if executor is not None:
             details = [each for each in details if executor_of(each) == executor]
-        # Time has passed since they were listed.
+        # A job may have changed its state since it was listed.
         return [each for each in details if each["status"] in wanted]
 
     async def _listed(self, queue: str, pattern: str) -> list[Mapping[str, Any]]:
@@ -115,7 +115,7 @@ class JobSearch:
             ]
             self._known_queues[each["jobQueueName"]] = (
                 "fargate" if any(kind.startswith("FARGATE") for kind in kinds) else "ec2",
-                # One that falls back to on demand is priced as that: rather too much.
+                # A queue that may fall back to on demand is priced as on demand, the upper bound.
                 bool(kinds) and all(kind.endswith("SPOT") for kind in kinds),
             )
         return [each["jobQueueArn"] for each in queues]
@@ -133,7 +133,7 @@ class JobSearch:
         return [*jobs, *others[0], *others[1]]
 
     async def workers_of_run(self, name: str) -> list[Mapping[str, Any]]:
-        """Return what DescribeJobs says of jobs that executors in a run have submitted."""
+        """Return the descriptions of jobs that the executors of a run have submitted."""
         return [
             each
             for each in await self.jobs(active=True)
@@ -141,11 +141,11 @@ class JobSearch:
         ]
 
     async def resolve(self, name: str) -> Mapping[str, Any]:
-        """Return what DescribeJobs says of what the user named.
+        """Return the description of a job that the user has named.
 
         Raises:
-            AwsError: If there is no such job, or it is not ours.
-            ConfigError: If several answer to the name.
+            AwsError: If there is no such job, or it is not cloudexec's.
+            ConfigError: If several jobs have the name.
         """
         name = name.strip()
         if name.startswith("arn:"):
@@ -156,8 +156,8 @@ class JobSearch:
         if worker is not None:
             return await self._by_worker(worker["executor"], int(worker["number"]))
         if not name:
-            raise ConfigError("a job or worker is named, as `cloudexec jobs` shows it, not nothing")
-        # One with a star would fit what nobody meant.
+            raise ConfigError("the name is empty: give a job or worker that `cloudexec jobs` shows")
+        # A name with a star would match other jobs in AWS Batch's filter.
         named = _JOB_NAME.fullmatch(name)
         details = [] if named is None else await self.jobs(name=named["name"])
         if named is not None and not details:
@@ -209,7 +209,7 @@ class JobSearch:
 
 def _not_found(name: str, region: str) -> AwsError:
     return AwsError(
-        f"there is no job {name} of cloudexec's in {region}, or AWS has forgotten it: "
+        f"there is no job {name} of cloudexec in {region}, or AWS has forgotten it: "
         f"`cloudexec jobs` lists them",
         code="NotFound",
         operation="batch:DescribeJobs",

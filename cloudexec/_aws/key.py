@@ -1,4 +1,4 @@
-"""The key of a stack, which its workers have from Secrets Manager."""
+"""Reads the key of a stack, which its workers get from Secrets Manager."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ async def stack_key(call: Callable[..., Awaitable[Any]], profile: Profile) -> by
     """Read the key that workers and clients of a stack share.
 
     Args:
-        call: Makes a request: service, operation and parameters, as ``AwsClients.call`` does.
-        profile: The stack's.
+        call: Makes a request, as ``AwsClients.call`` does: service, operation and parameters.
+        profile: Profile of the stack.
 
     Raises:
-        LaunchError: If what the secret holds is no key.
-        AwsError: If it cannot be read.
+        LaunchError: If the secret does not hold a key.
+        AwsError: If the secret cannot be read.
     """
     key = b""
     secret = await call("secretsmanager", "get_secret_value", SecretId=profile.key_secret)
@@ -32,7 +32,7 @@ async def stack_key(call: Callable[..., Awaitable[Any]], profile: Profile) -> by
     if len(key) != _KEY_BYTES:
         raise LaunchError(
             f"the stack's key cannot be used: {profile.key_secret} does not hold "
-            f"{2 * _KEY_BYTES} hexadecimal digits; put such a value into it, or "
-            f"`cloudexec down` and `cloudexec up` make it anew"
+            f"{2 * _KEY_BYTES} hexadecimal digits; store such a value in it, or "
+            f"`cloudexec down` and `cloudexec up` create it again"
         )
     return key

@@ -1,4 +1,4 @@
-"""What AWS allows: sizes of workers and of requests, checked before anything is sent."""
+"""Limits of AWS for sizes of workers and requests, which are checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ __all__ = [
 ]
 
 ARRAY_LARGEST = 10_000
-"""Children of one array job. AWS Batch User Guide, "Array jobs"."""
+"""Most children of one array job. AWS Batch User Guide, "Array jobs"."""
 SUBMIT_BYTES = 30 * 1024
-"""Size of one SubmitJob request. AWS Batch User Guide, "Service quotas"."""
+"""Largest SubmitJob request. AWS Batch User Guide, "Service quotas"."""
 DEFINITION_BYTES = 24 * 1024
-"""Size of one job definition. AWS Batch User Guide, "Service quotas"."""
+"""Largest job definition. AWS Batch User Guide, "Service quotas"."""
 OVERRIDE_CHARACTERS = 8192
-"""Overrides as Amazon ECS takes them, as JSON; what Batch adds counts too."""
+"""Most characters of overrides in JSON for Amazon ECS, with those that AWS Batch adds."""
 DESCRIBE_JOBS = 100
-"""Job ids in one DescribeJobs call. AWS Batch API Reference."""
+"""Most job ids in one DescribeJobs call. AWS Batch API Reference."""
 LEAST_ATTEMPT_SECONDS = 60
 """Least ``attemptDurationSeconds``. AWS Batch User Guide, "Job timeouts"."""
 TAGS = 50
@@ -57,21 +57,21 @@ _FARGATE: dict[float, tuple[int, ...]] = {
     32: (60 * _GIB, 120 * _GIB, 244 * _GIB),
 }
 FARGATE_MOST_VCPUS = 32.0
-"""Of a worker on Fargate, as AWS Batch takes it; Amazon ECS takes less."""
+"""Most vCPUs of a worker on Fargate with AWS Batch. Amazon ECS alone allows fewer."""
 ECS_MOST_VCPUS = 16.0
-"""Where Amazon ECS is asked itself. Its API Reference, "RegisterTaskDefinition", ``cpu``."""
+"""Most vCPUs with Amazon ECS alone. Its API Reference, "RegisterTaskDefinition", ``cpu``."""
 _MOST_MIB = 32 * 1024 * 1024
-"""More than any machine that AWS has."""
+"""More memory than any machine of AWS has."""
 _MOST_VCPUS = 1920
 _MOST_GPUS = 16
-"""Of one instance. Amazon EC2, "Instance types": u7inh-32tb.480xlarge and p2.16xlarge."""
+"""Most GPUs of an instance. Amazon EC2, "Instance types": u7inh-32tb.480xlarge, p2.16xlarge."""
 _LEAST_MIB = 256
-"""What a worker needs for itself, and a little more."""
+"""The least memory of a worker: what its own processes need, and a little more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class WorkerSize:
-    """What one worker has."""
+    """The size of one worker."""
 
     memory_mib: int
     vcpus: float
@@ -83,12 +83,12 @@ class WorkerSize:
 
 
 def format_memory(mib: int) -> str:
-    """Write memory as people do."""
+    """Format an amount of memory for people."""
     return f"{mib / _GIB:g} GiB" if mib >= _GIB and mib % 256 == 0 else f"{mib} MiB"
 
 
 def parse_memory(memory: str | int) -> int:
-    """Read an amount of memory.
+    """Parse an amount of memory.
 
     Args:
         memory: ``"2GiB"``, ``"512 MiB"``, ``"2g"``; ``"2GB"`` is 2,000,000,000 bytes, and units
@@ -98,22 +98,22 @@ def parse_memory(memory: str | int) -> int:
         MiB, rounded up.
 
     Raises:
-        ConfigError: If it cannot be read, or is not positive.
+        ConfigError: If it cannot be parsed, or is not positive.
     """
     if isinstance(memory, int) and not isinstance(memory, bool):
         mib = memory
     else:
         mib = -(-parse_bytes(memory) // 2**20)
     if mib <= 0:
-        raise ConfigError(f"memory must be more than nothing, not {memory!r}")
+        raise ConfigError(f"memory must be more than 0, not {memory!r}")
     if mib > _MOST_MIB:
         raise ConfigError(f"memory must be {_MOST_MIB} MiB or less: no worker has more")
     return mib
 
 
 def fargate_memories(vcpus: float) -> tuple[int, ...]:
-    """Return what memory, in MiB, Fargate offers with so many vCPUs; nothing if there is no such
-    size."""
+    """Return the amounts of memory, in MiB, that Fargate offers with so many vCPUs. The result is
+    empty if Fargate has no such number of vCPUs."""
     return _FARGATE.get(vcpus, ())
 
 
@@ -124,15 +124,15 @@ def _fargate_offers(most_vcpus: float) -> dict[float, tuple[int, ...]]:
 def fargate_size(
     vcpus: float, memory: str | int, most_vcpus: float = FARGATE_MOST_VCPUS
 ) -> WorkerSize:
-    """Check a size that Fargate must offer exactly.
+    """Check a size, which must be one that Fargate offers.
 
     Args:
         vcpus: 0.25, 0.5, 1, 2, 4, 8, 16 or 32.
         memory: As ``parse_memory`` takes it.
-        most_vcpus: The largest that the service takes which is asked for it.
+        most_vcpus: Most vCPUs of a worker in the service that runs it.
 
     Raises:
-        ConfigError: Naming the nearest sizes that there are.
+        ConfigError: If Fargate does not offer it. The message names the nearest sizes.
 
     References:
         AWS Batch API Reference, "ResourceRequirement".
@@ -181,15 +181,15 @@ def fargate_size(
 def fargate_size_for(
     cpus: float, memory_mib: int, most_vcpus: float = FARGATE_MOST_VCPUS
 ) -> WorkerSize:
-    """Return the smallest size of Fargate that has so much.
+    """Return the smallest size of Fargate with at least so many vCPUs and so much memory.
 
     Args:
         cpus: vCPUs.
         memory_mib: MiB.
-        most_vcpus: The largest that the service takes which is asked for it.
+        most_vcpus: Most vCPUs of a worker in the service that runs it.
 
     Raises:
-        ConfigError: If there is none; it names the largest ones, and where there is more.
+        ConfigError: If there is none. The message names the largest sizes, and where to get more.
     """
     offers = _fargate_offers(most_vcpus)
     enough = [
@@ -217,7 +217,7 @@ def instance_size(vcpus: float, memory: str | int) -> WorkerSize:
         memory: As ``parse_memory`` takes it.
 
     Raises:
-        ConfigError: Naming the nearest sizes that there are.
+        ConfigError: If there is no such size. The message names the nearest sizes.
 
     References:
         AWS Batch API Reference, "ResourceRequirement": VCPU is a whole number on EC2.
@@ -237,7 +237,7 @@ def instance_size(vcpus: float, memory: str | int) -> WorkerSize:
 
 
 def instance_size_for(cpus: float, memory_mib: int, gpus: int) -> WorkerSize:
-    """Return the size of a worker on EC2 that has so much: whole vCPUs, any memory.
+    """Return the smallest size of a worker on EC2 for these needs: whole vCPUs, any memory.
 
     Raises:
         ConfigError: If no instance of AWS has that.
@@ -257,7 +257,7 @@ def instance_size_for(cpus: float, memory_mib: int, gpus: int) -> WorkerSize:
 
 
 def default_memory(vcpus: float, compute: str) -> int:
-    """Return the MiB that a worker gets if none are asked for: 2 GiB per vCPU or a little more."""
+    """Return the default MiB of a worker: 2 GiB per vCPU, or a little more."""
     wanted = math.ceil(2 * _GIB * vcpus)
     if compute == "ec2":
         return wanted
@@ -265,12 +265,12 @@ def default_memory(vcpus: float, compute: str) -> int:
 
 
 def more_memory(size: WorkerSize, compute: str, most_vcpus: float = FARGATE_MOST_VCPUS) -> str:
-    """Say which settings give a worker more memory: sizes that there are.
+    """Say which settings give a worker more memory. They name sizes that AWS offers.
 
     Args:
         size: The worker that had too little.
         compute: ``"fargate"`` or ``"ec2"``.
-        most_vcpus: The largest on Fargate that the service takes which is asked for it.
+        most_vcpus: Most vCPUs on Fargate in the service that runs the worker.
     """
     vcpus, mib = size.vcpus, size.memory_mib
     if compute == "ec2":
@@ -294,7 +294,7 @@ def more_memory(size: WorkerSize, compute: str, most_vcpus: float = FARGATE_MOST
                 f"vcpus={cpus:g} and memory={_as_setting(larger)!r}"
             )
     if most_vcpus < FARGATE_MOST_VCPUS:
-        # What asks Amazon ECS has no compute= to give.
+        # A launcher for Amazon ECS alone has no setting compute=.
         return (
             f"Amazon ECS takes no worker with more than {format_memory(mib)} on Fargate: use "
             f"Batch(compute='ec2', memory={_as_setting(2 * mib)!r})"

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for programs that block."""
+"""Runs an event loop in a thread of its own, for programs that block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LoopThread:
     """An event loop in a thread.
 
     Args:
-        name: Of the thread.
+        name: Name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -29,13 +29,13 @@ class LoopThread:
         self._thread.start()
 
     def on_close(self, closer: Any) -> None:
-        """Have an asynchronous function called before the loop ends."""
+        """Register an asynchronous function to call before the loop ends."""
         self._closers.append(closer)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run to the end, from any thread.
+        """Run a coroutine to its end, from any thread, and return its result.
 
-        Ctrl-C while waiting cancels it, and waits until it has cleaned up; a second Ctrl-C does not
+        Ctrl-C cancels the coroutine and waits until it has cleaned up. A second Ctrl-C ends the
         wait.
         """
         if self._loop.is_closed():
@@ -74,7 +74,7 @@ class LoopThread:
         if self._loop.is_closed():
             return
         if threading.current_thread() is self._thread:
-            # The garbage collector may run anywhere, and here it must not wait for itself.
+            # The garbage collector called this in the loop's thread, which cannot join itself.
             threading.Thread(target=self.close, name=f"{self._name}-close").start()
             return
         with contextlib.suppress(Exception):

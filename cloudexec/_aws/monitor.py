@@ -1,4 +1,4 @@
-"""The same as ``account``, for programs that block: on an event loop in a thread of its own."""
+"""The blocking form of ``account``, with an event loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ["Monitor"]
 
 
 class Monitor:
-    """Sees and stops what runs in an account on cloudexec's behalf, and says what it costs.
+    """Lists and stops cloudexec's jobs in an account, and says what they cost.
 
-    Works wherever blocking is allowed, in a notebook too: calls are made on an event loop of its
-    own, in a thread that ``close`` (or the end of a ``with`` block) ends.
+    It works wherever a program may block, in a notebook, too: it makes its calls on an event loop
+    of its own, in a thread that ``close`` (or the end of a ``with`` block) ends.
 
     Args:
-        profile: Name of a profile whose queues and cluster to look at; ``None``: all of the
-            region.
-        region: Where; by default the profile's, or the SDK's.
+        profile: Name of a profile whose queues and cluster to look at; ``None``: all queues and
+            clusters of the region.
+        region: Region to look at; by default the profile's, or the SDK's.
 
     Raises:
         ConfigError: If there is no such profile, or no region.
@@ -78,7 +78,7 @@ class Monitor:
         self.close()
 
     def close(self) -> None:
-        """Close connections and end the thread. May be called again."""
+        """Close connections and end the thread. More calls do nothing."""
         self._finalizer()
 
     def executors(
@@ -87,9 +87,9 @@ class Monitor:
         """Return executors, the newest first.
 
         Args:
-            active: Only those that have jobs which have not ended, or (``False``) have none;
-                ``None``: both.
-            executor: Only the one with this id.
+            active: ``True``: only executors with a job that has not ended; ``False``: only
+                executors without; ``None``: both.
+            executor: Only the executor with this id.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
@@ -108,12 +108,12 @@ class Monitor:
         """Return jobs, the newest first.
 
         Args:
-            state: Only those in this state, or one of these; of arrays, those that have a worker
-                in it.
-            active: Only those that have not ended, or (``False``) have; ``None``: both.
-            executor: Only those of this executor.
+            state: Only jobs in this state, or in one of these. Of an array, one worker suffices.
+            active: ``True``: only jobs that have not ended; ``False``: only jobs that have ended;
+                ``None``: both.
+            executor: Only jobs of this executor.
             each_worker: Whether workers of arrays are listed one by one, instead of the array.
-            limit: How many at most.
+            limit: Most jobs to return.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
@@ -132,20 +132,20 @@ class Monitor:
     def logs(
         self, job_or_worker: str, follow: bool = False, tail: int | None = None
     ) -> Iterator[LogLine]:
-        """Yield the lines of a log, those of several attempts one after the other.
+        """Yield the lines of a log, one attempt after the other.
 
         Args:
             job_or_worker: A job's id, ``PARENT:INDEX``, or name; or a worker as errors name it,
-                such as ``worker-12``, with its executor before it where several have one:
-                ``0f3a7c9912ab44de/worker-12``. An array of up to 100 workers: all their logs,
-                one after the other.
-            follow: Wait for more until the job has ended. Then the log need not be there yet.
+                such as ``worker-12``. If several executors have such a worker, put the executor
+                before it: ``0f3a7c9912ab44de/worker-12``. For an array of up to 100 workers, all
+                their logs follow one after the other.
+            follow: Wait for more lines until the job has ended. The log need not exist yet.
             tail: Begin with so many lines at the end of the last attempt.
 
         Raises:
-            AwsError: If there is no such job, its log is not there yet (``code`` ``"NoLog"``),
+            AwsError: If there is no such job, its log does not exist yet (``code`` ``"NoLog"``),
                 AWS refuses, or cannot be reached.
-            ConfigError: If the name fits several, or ``tail`` is out of its range.
+            ConfigError: If several jobs have the name, or ``tail`` is out of its range.
         """
         lines = self._async.logs(job_or_worker, follow=follow, tail=tail)
         try:
@@ -155,7 +155,7 @@ class Monitor:
                     return
                 yield line
         finally:
-            # After Ctrl-C it may still be on its way out by itself.
+            # After Ctrl-C, the generator may still be closing itself.
             with contextlib.suppress(RuntimeError):
                 self._thread.run(lines.aclose())
 
@@ -185,18 +185,18 @@ class Monitor:
         """Stop jobs, no matter who started them. Their workers get SIGTERM, and 30 s later SIGKILL.
 
         Args:
-            executor: All jobs of this executor.
-            job: This job, or these, named as for ``logs``. An array is stopped with its workers.
-            everything: All jobs of all executors.
-            older_than: Only those submitted so many seconds ago or earlier.
-            reason: What AWS Batch is to say of them.
+            executor: Stop all jobs of this executor.
+            job: Stop this job, or these, named as for ``logs``. An array is stopped as a whole.
+            everything: Stop all jobs of all executors.
+            older_than: Stop only jobs that were submitted at least so many seconds ago.
+            reason: The reason that AWS Batch shows for the jobs.
 
         Returns:
-            Ids of the jobs that were told to stop; those that had ended are not among them.
+            Ids of the jobs that were told to stop, without those that had ended before.
 
         Raises:
-            AwsError: If some could not be stopped; the others were.
-            ConfigError: If nothing is said of what to stop.
+            AwsError: If some jobs could not be stopped. The others were stopped.
+            ConfigError: If the arguments do not say what to stop.
         """
         return self._thread.run(
             self._async.stop(
@@ -209,14 +209,14 @@ class Monitor:
         )
 
     def cost(self, executor: str | None = None, *, refresh: bool = False) -> CostReport:
-        """Return what was run and what it cost, for as long as AWS remembers it.
+        """Return the executors and their costs, as far as AWS remembers their jobs.
 
-        AWS Batch remembers jobs for seven days or more, Amazon ECS tasks for about an hour. The
-        receipt of the executor itself has all of them.
+        AWS Batch remembers jobs for seven days or more, and Amazon ECS tasks for about an hour. The
+        executor's own receipt has all of them.
 
         Args:
-            executor: Only this one.
-            refresh: Whether to look prices up first; if that is not possible, a note says so.
+            executor: Only this executor.
+            refresh: Whether to look up prices first. If that fails, a note in the report says so.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.

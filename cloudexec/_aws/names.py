@@ -1,4 +1,4 @@
-"""Names that both sides of AWS must agree on: tags, stacks, jobs, definitions, variables."""
+"""Names that cloudexec gives in AWS: tags, stacks, jobs, definitions, objects."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ TAG_EXECUTOR = "cloudexec:executor"
 TAG_USER = "cloudexec:user"
 TAG_PROJECT = "cloudexec:project"
 TAG_EXPIRES = "cloudexec:expires"
-"""When the job's time limit ends it at the latest, in UTC, ISO 8601."""
+"""The time at which the job's time limit ends it, in UTC, ISO 8601."""
 TAG_JOB = "cloudexec:job"
-"""On EC2 instances that were asked for without AWS Batch: the name of what they belong to."""
+"""Name of the job that an EC2 instance belongs to, where there is no AWS Batch."""
 TAG_RUN = "cloudexec:run"
-"""On jobs of executors that a program started with ``cloudexec run`` has made: the run's name."""
+"""The run's name, on jobs of executors in a program that ``cloudexec run`` has started."""
 TAG_STACK = "cloudexec:stack"
-"""On everything that ``cloudexec up`` makes: the stack's name."""
+"""The stack's name, on everything that ``cloudexec up`` creates."""
 TAG_REGION = "cloudexec:region"
-"""On what of it all regions see: where the stack is, for another region may have its like."""
+"""The stack's region, on global resources. Another region may have a stack of the same name."""
 
 ORDERED_ENDS = (
     "cloudexec: the executor does not need it any more",
@@ -54,32 +54,32 @@ ORDERED_ENDS = (
     "stopped through cloudexec",
     "stopped by ",
 )
-"""What reasons begin with for which workers are terminated by the executor, once they are of no use
-any more, or by a person. AWS Batch calls such a job FAILED, whatever its exit code."""
+"""Beginnings of the reasons with which the executor or a person terminates workers. AWS Batch calls
+such a job FAILED, whatever its exit code."""
 JOB_PREFIX = "cloudexec-"
 DEFINITION_PREFIX = "cloudexec-"
 OBJECTS_PREFIX = "cloudexec/"
-"""Keys of the bucket that executors use: apart from those of tasks, which may not touch them."""
+"""Prefix of the executors' objects in the bucket. The role of tasks has no access to them."""
 RUNS_PREFIX = f"{OBJECTS_PREFIX}runs/"
-"""Keys of what ``cloudexec run`` sends and brings back, by the run's name."""
+"""Prefix of the files that ``cloudexec run`` exchanges. The run's name follows."""
 RUN_EXECUTOR = "run-"
-"""What the tag ``TAG_EXECUTOR`` of a run's own job begins with, before the run's name."""
+"""Prefix of ``TAG_EXECUTOR`` on a run's own job. The run's name follows."""
 RELAY_PORT = 443
-"""Of the relays that are started in the stack's VPC: many networks let out nothing else."""
+"""Port of the relays in the stack's VPC. Many networks let connections out to no other port."""
 RELAY_QUEUE = "fargate_relay"
-"""What profiles call the queue of relays."""
+"""Name of the relays' queue in profiles."""
 _NAME = re.compile(r"(?=.{1,32}$)[a-z][a-z0-9]*(-[a-z0-9]+)*")
-"""The repository is called so, too, and Amazon ECR takes no two hyphens in a row nor one at the
+"""The repository has the same name, and Amazon ECR allows no two hyphens in a row, and none at the
 end. Amazon ECR API Reference, "CreateRepository"."""
 
 
 def region_of(arn: str) -> str:
-    """Return the region in an ARN; empty for a name."""
+    """Return the region in an ARN. The result is empty for a name."""
     return arn.split(":")[3] if arn.startswith("arn:") and arn.count(":") >= 5 else ""
 
 
 def partition_of(region: str) -> str:
-    """Return the partition of a region, as the AWS SDK knows it; ``"aws"`` of one it does not."""
+    """Return the partition of a region, or ``"aws"`` if the AWS SDK does not know the region."""
     import botocore.session
     from botocore.exceptions import UnknownRegionError
 
@@ -90,19 +90,19 @@ def partition_of(region: str) -> str:
 
 
 def is_setup_name(name: str) -> bool:
-    """Whether ``cloudexec up --name`` takes it."""
+    """Return whether ``cloudexec up --name`` accepts this name."""
     return _NAME.fullmatch(name) is not None and name != "local"
 
 
 def stack_name(name: str) -> str:
-    """Return the CloudFormation stack of a set-up.
+    """Return the name of a set-up's CloudFormation stack.
 
     Args:
-        name: As given to ``cloudexec up --name``: lower-case letters and digits, with single
+        name: Name given to ``cloudexec up --name``: lower-case letters and digits, with single
             hyphens between them.
 
     Raises:
-        ConfigError: If the name cannot be one.
+        ConfigError: If the name is not allowed.
     """
     if not _NAME.fullmatch(name):
         from cloudexec._errors import ConfigError
@@ -115,23 +115,23 @@ def stack_name(name: str) -> str:
 
 
 def job_name(executor_id: str, launch: str) -> str:
-    """Return the name of the job that starts with this launch: unique, so that it can be found."""
+    """Return the name of a launch's job. It is unique, so that the job can be found by it."""
     return f"{JOB_PREFIX}{executor_id}-{launch}"
 
 
 def definition_name(content_hash: str) -> str:
-    """Return the name of the job definition with this content."""
+    """Return the name of the job definition with this content hash."""
     return f"{DEFINITION_PREFIX}{content_hash[:16]}"
 
 
 def object_prefix(executor_id: str) -> str:
-    """Return what the keys of an executor's objects begin with."""
+    """Return the prefix of the keys of an executor's objects."""
     return f"{OBJECTS_PREFIX}{executor_id}/"
 
 
 def user_name() -> str:
-    """Return the name of the user here, for tags and reasons."""
+    """Return the name of the user of this process, for tags and reasons."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container's user may have no name
+    except (KeyError, OSError, ImportError):  # in a container, the user may have no name
         return "unknown"

@@ -1,7 +1,7 @@
-"""Which subnets workers can run in: what their routes reach, and in which zones they lie.
+"""Chooses subnets in which workers can run, by their routes and their zones.
 
 A worker must reach Amazon ECR for its image, CloudWatch Logs, and AWS Secrets Manager for its key.
-Whether it can is in the route table of its subnet, not in the subnet's own settings.
+The route table of its subnet decides whether it can, not the subnet's own settings.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from cloudexec._errors import AwsError, ConfigError
 __all__ = ["SUBNETS_LARGEST", "Network", "Subnet", "choose_network", "look_at_subnets"]
 
 SUBNETS_LARGEST = 16
-"""Subnets of one compute environment. AWS Batch API Reference, "ComputeResource"."""
+"""Most subnets of one compute environment. AWS Batch API Reference, "ComputeResource"."""
 
 _FARGATE_ZONES: Mapping[str, tuple[str, ...]] = {
     "us-west-1": ("usw1-az1", "usw1-az3"),
     "ap-northeast-1": ("apne1-az1", "apne1-az2", "apne1-az4"),
 }
-"""Zones with Fargate, of regions that have one without. Amazon ECS Developer Guide, "Supported
-Regions for Amazon ECS on AWS Fargate"."""
+"""Zones with Fargate, for regions that also have zones without. Amazon ECS Developer Guide,
+"Supported Regions for Amazon ECS on AWS Fargate"."""
 _ENDPOINTS = ("ecr.api", "ecr.dkr", "logs", "secretsmanager")
-"""Services that a task without a way out needs an endpoint for, beside the gateway endpoint of
-Amazon S3, where the layers of images are. Amazon ECS Developer Guide, "Fargate platform
+"""Services that need an endpoint if a task cannot reach the internet, besides the gateway endpoint
+of Amazon S3, which stores the layers of images. Amazon ECS Developer Guide, "Fargate platform
 versions"."""
 _WAYS_OUT = (
     "NatGatewayId",
@@ -36,37 +36,38 @@ _WAYS_OUT = (
     "NetworkInterfaceId",
     "CoreNetworkArn",
 )
-"""Targets of a default route through which a private subnet gets out. Amazon EC2 API Reference,
+"""Targets of a default route that lead a private subnet to the internet. Amazon EC2 API Reference,
 "Route"."""
 
 Reach = Literal["public", "routed", "endpoints", "nothing", "unknown"]
-"""Where the default route of a subnet leads: an internet gateway, something else that leads out,
-nowhere but with endpoints for what a worker needs, nowhere; or it may not be looked at."""
+"""Target of a subnet's default route: an internet gateway ("public") or something else that leads
+out ("routed"). Without one, the VPC has the endpoints that workers need, or not ("nothing"). If AWS
+forbids to look at routes, it is "unknown"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subnet:
-    """A subnet, as far as workers are concerned."""
+    """A subnet, with the facts that matter to workers."""
 
     id: str
     vpc: str
     zone: str
-    """Name of its availability zone."""
+    """Name of the availability zone."""
     free: int
-    """Addresses that are not in use: each Fargate worker takes one."""
+    """Number of free addresses. Each Fargate worker takes one."""
     reach: Reach
     missing: tuple[str, ...] = ()
-    """Services that have no endpoint, where there is no way out."""
+    """Services for which an endpoint is missing, if the subnet has no default route."""
     maps_public: bool = False
-    """Whether instances get a public address there."""
+    """Whether instances in the subnet get a public address."""
     unfit: str = ""
-    """Why no worker can run there, whatever its routes are."""
+    """Why no worker can run in the subnet, whatever its routes are; empty if one can."""
 
     def problem(self, *, public_ip: bool) -> str:
-        """Say why workers cannot start there; empty if they can.
+        """Say why workers cannot start in the subnet; empty if they can.
 
         Args:
-            public_ip: Whether they get a public address.
+            public_ip: Whether workers get a public address.
         """
         if self.unfit:
             return self.unfit
@@ -85,14 +86,14 @@ class Subnet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Where workers are to run."""
+    """The subnets in which workers run."""
 
     vpc: str
     subnets: tuple[Subnet, ...]
     public_ip: bool
     """Whether Fargate workers get a public address."""
     left_out: tuple[str, ...] = ()
-    """Subnets that are not used, and why: for people."""
+    """Subnets that are not used, each with the reason, for people."""
 
 
 async def choose_network(
@@ -105,15 +106,15 @@ async def choose_network(
     """Choose subnets in which workers can start.
 
     Args:
-        clients: Where.
-        vpc: Its subnets are looked at; empty: the account's default VPC, and its default subnets.
-        subnets: Take exactly these, or none.
-        public_ip: Whether workers are to have a public address; ``None``: if there are subnets in
-            which that helps.
+        clients: Calls to AWS.
+        vpc: Choose among its subnets; empty: among the default subnets of the default VPC.
+        subnets: Take exactly these, or fail.
+        public_ip: Whether workers get a public address; ``None``: they do if there are subnets
+            with an internet gateway.
 
     Raises:
         AwsError: If AWS refuses, or cannot be reached.
-        ConfigError: If there is nothing that works: it says what would.
+        ConfigError: If no subnet will do. The message says what to change.
     """
     if subnets:
         found = await look_at_subnets(clients, ids=subnets)
@@ -130,7 +131,7 @@ async def choose_network(
     fit = [each for each in found if not each.unfit]
     with_public = [each for each in fit if each.reach == "public"]
     if public_ip is None:
-        # Where nothing is known of the routes, as the template has it.
+        # If the routes are not known, workers get public addresses, as is the template's default.
         public_ip = bool(with_public) or any(each.reach == "unknown" for each in fit)
     usable = [each for each in found if not each.problem(public_ip=public_ip)]
     private: list[Subnet] = []
@@ -148,8 +149,8 @@ async def choose_network(
         public_ip=public_ip,
         left_out=(
             *(f"{each}: {each.problem(public_ip=public_ip)}" for each in refused),
-            *(f"{each}: workers have public addresses, of no use there" for each in private),
-            *(f"{each}: {SUBNETS_LARGEST} subnets are the most, of all zones" for each in unused),
+            *(f"{each}: workers have public addresses, which need a gateway" for each in private),
+            *(f"{each}: not needed, as {SUBNETS_LARGEST} subnets are the most" for each in unused),
         ),
     )
 
@@ -167,7 +168,7 @@ async def _default_vpc(clients: AwsClients) -> str:
 
 
 def _of_every_zone(subnets: Iterable[Subnet]) -> list[Subnet]:
-    """Take as many as one environment may have, from each zone in turn, the emptiest first."""
+    """Take as many subnets as an environment may have, from each zone in turn, emptiest first."""
     ordered = sorted(subnets, key=lambda each: (each.zone, -each.free, each.id))
     zones = [list(group) for _, group in itertools.groupby(ordered, key=lambda each: each.zone)]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*zones))
@@ -191,17 +192,17 @@ def _refusal(vpc: str, refused: Sequence[Subnet], *, public_ip: bool) -> str:
 async def look_at_subnets(
     clients: AwsClients, *, vpc: str = "", ids: Sequence[str] = (), default: bool = False
 ) -> list[Subnet]:
-    """Find out what subnets are, and where their routes lead.
+    """Look up subnets and the targets of their routes.
 
     Args:
-        clients: Where.
-        vpc: Look at its subnets.
-        ids: Look at these instead.
-        default: Of a VPC, look at the default subnets alone.
+        clients: Calls to AWS.
+        vpc: Look at the subnets of this VPC.
+        ids: Look at these subnets instead.
+        default: Look only at the default subnets of the VPC.
 
     Raises:
-        AwsError: If AWS refuses, or cannot be reached; that routes may not be looked at is no
-            error.
+        AwsError: If AWS refuses, or cannot be reached. If it only forbids to look at the routes,
+            their targets are "unknown".
     """
     filters: list[dict[str, Any]] = [{"Name": "state", "Values": ["available"]}]
     filters.append({"Name": "vpc-id", "Values": [vpc]})
@@ -229,7 +230,7 @@ async def look_at_subnets(
 
 
 async def _zone_kinds(clients: AwsClients) -> dict[str, str]:
-    """Return the kinds of zones by name, as far as they may be looked at."""
+    """Return the kinds of zones by name, or nothing if AWS forbids to look at them."""
     try:
         answer = await clients.call("ec2", "describe_availability_zones")
     except AwsError as exc:
@@ -280,7 +281,7 @@ def _subnet(
 def _table_of(
     subnet: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """Return the route table that a subnet is associated with, or else its VPC's main one."""
+    """Return the route table of a subnet: its own one, or else the main one of its VPC."""
     main = None
     for table in tables:
         for each in table.get("Associations", ()):
@@ -293,13 +294,13 @@ def _table_of(
 
 def _default_route(table: Mapping[str, Any] | None) -> Reach:
     for route in (table or {}).get("Routes", ()):
-        # The target of a route that is a black hole is gone.
+        # A route whose target is gone is a black hole.
         if route.get("DestinationCidrBlock") != "0.0.0.0/0" or route.get("State") == "blackhole":
             continue
         gateway = route.get("GatewayId", "")
         if gateway.startswith("igw-"):
             return "public"
-        # "vgw-": to another network by VPN; "vpce-": to a firewall.
+        # "vgw-" leads to another network by VPN, "vpce-" to a firewall.
         if gateway.startswith(("vgw-", "vpce-")) or any(route.get(name) for name in _WAYS_OUT):
             return "routed"
     return "nothing"
@@ -318,7 +319,7 @@ def _missing_endpoints(
         if kind == "Gateway":
             is_here = (table or {}).get("RouteTableId") in each.get("RouteTableIds", ())
         else:
-            # Workers ask for the usual names.
+            # Workers use the services' usual names, so the endpoint must answer to these.
             is_here = bool(each.get("PrivateDnsEnabled"))
         if is_here:
             reached.add(each["ServiceName"])

@@ -1,4 +1,4 @@
-"""Calls to AWS at a pace that leaves some for executors."""
+"""Limits the rate of calls to AWS, so that executors can make theirs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cloudexec._aws.clients import AwsClients
 __all__ = ["PacedCalls"]
 
 _CALL_INTERVAL = 0.04
-"""Seconds between calls: AWS Batch takes about 50 a second of a whole account, and an executor
-that is being watched needs its own."""
+"""Seconds between calls. AWS Batch allows about 50 per second for a whole account, and executors
+need some of them."""
 _CALLS_AT_ONCE = 10
 
 
 class PacedCalls:
-    """Calls to AWS, with a pause between them."""
+    """Makes calls to AWS with pauses between them."""
 
     def __init__(self, clients: AwsClients) -> None:
         self.region = clients.region

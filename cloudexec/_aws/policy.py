@@ -1,4 +1,4 @@
-"""The minimal IAM policy of a person who runs executors, from a table of what is called."""
+"""Makes the minimal IAM policy for people who run executors, from a table of the calls made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cloudexec._errors import ConfigError
 __all__ = ["CALLS", "Call", "Grant", "actions_for", "policy", "unknown_calls"]
 
 Call: TypeAlias = tuple[str, str]
-"""Service as botocore names it, and operation: ``("batch", "SubmitJob")``."""
+"""A service as botocore names it, and an operation: ``("batch", "SubmitJob")``."""
 
 Resource: TypeAlias = Literal[
     "any",
@@ -44,15 +44,15 @@ Resource: TypeAlias = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What must be allowed for one operation to succeed: a part of it."""
+    """One permission that an operation needs."""
 
     action: str
-    """As IAM names it: ``"batch:SubmitJob"``."""
+    """Action as IAM names it: ``"batch:SubmitJob"``."""
     resource: Resource
     passed_to: tuple[str, ...] = ()
-    """For ``iam:PassRole``: the services that may be given the role."""
+    """For ``iam:PassRole``: the services to which the role may be passed."""
     in_cluster: bool = False
-    """Whether it is allowed in the stack's cluster only."""
+    """Whether it is granted in the stack's cluster only."""
 
 
 def _any(*actions: str) -> tuple[Grant, ...]:
@@ -64,11 +64,11 @@ _TAG_DEFINITION = Grant("batch:TagResource", "definition")
 _PASS_ROLE = Grant(
     "iam:PassRole",
     "role",
-    # Guides that AWS and others publish name either as the one that AWS Batch gives roles to.
+    # Some guides say that AWS Batch passes roles to the first service, others to the second.
     passed_to=("batch.amazonaws.com", "ecs-tasks.amazonaws.com"),
 )
 _PUSH = (
-    # `docker push` and its like talk to the registry with the token; these are what it checks.
+    # `docker push` sends requests to the registry with the token. They need these permissions.
     Grant("ecr:BatchCheckLayerAvailability", "image"),
     Grant("ecr:BatchGetImage", "image"),
     Grant("ecr:CompleteLayerUpload", "image"),
@@ -79,8 +79,8 @@ _PUSH = (
 )
 
 CALLS: Mapping[Call, tuple[Grant, ...]] = {
-    # Running and stopping. Which actions know resources: AWS Batch User Guide, "Supported
-    # resource-level permissions"; those that describe and list do not.
+    # Running and stopping. Actions that describe and list do not accept resources: AWS Batch User
+    # Guide, "Supported resource-level permissions".
     ("batch", "SubmitJob"): (
         Grant("batch:SubmitJob", "queue"),
         Grant("batch:SubmitJob", "definition"),
@@ -96,7 +96,7 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("batch", "DeregisterJobDefinition"): (Grant("batch:DeregisterJobDefinition", "definition"),),
     ("batch", "TerminateJob"): (Grant("batch:TerminateJob", "job"),),
     ("batch", "TerminateJobs"): (Grant("batch:TerminateJob", "job"),),
-    # Seeing.
+    # Monitoring.
     ("batch", "DescribeComputeEnvironments"): _any("batch:DescribeComputeEnvironments"),
     ("batch", "DescribeJobDefinitions"): _any("batch:DescribeJobDefinitions"),
     ("batch", "DescribeJobQueues"): _any("batch:DescribeJobQueues"),
@@ -139,9 +139,9 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
         for operation, grants in OPERATIONS.items()
     },
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
-    # Letting workers in.
+    # Letting workers connect.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
-    # Objects in the bucket; workers use URLs that the user with these rights has signed.
+    # Objects in the bucket. Workers use URLs that the user has signed with these permissions.
     ("s3", "HeadBucket"): (Grant("s3:ListBucket", "bucket"),),
     ("s3", "ListObjectsV2"): (Grant("s3:ListBucket", "bucket"),),
     ("s3", "ListMultipartUploads"): (Grant("s3:ListBucketMultipartUploads", "bucket"),),
@@ -156,10 +156,10 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     # Images.
     ("ecr", "DescribeImages"): (Grant("ecr:DescribeImages", "image"),),
     ("ecr", "GetAuthorizationToken"): (*_any("ecr:GetAuthorizationToken"), *_PUSH),
-    # Nobody can be denied this one.
+    # This action needs no permission.
     ("sts", "GetCallerIdentity"): (),
 }
-"""Operation -> what must be allowed. Compared by a test with the calls that are made."""
+"""Operation -> permissions that it needs. A test compares the table with the calls made."""
 _OF_CLUSTERS = frozenset(
     ("ecs", each)
     for each in (
@@ -171,46 +171,46 @@ _OF_CLUSTERS = frozenset(
         "StopTask",
     )
 )
-"""Calls that are made only where there is a cluster."""
+"""Calls that are only made if there is a cluster."""
 
 
 def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any]:
     """Return the policy for every call in the table.
 
     Args:
-        profile: Name the resources of this set-up; ``None``: patterns for any of cloudexec's.
-        partition: In which these patterns are, such as ``"aws-cn"``: needed without a profile,
-            for a resource in another partition than the caller's is nobody's.
+        profile: Name the resources of this set-up; ``None``: name patterns for all set-ups.
+        partition: Partition of the patterns, such as ``"aws-cn"``. It is needed without a profile,
+            as an ARN in another partition than the caller's matches nothing.
 
     Raises:
         ConfigError: If neither is given.
     """
     calls = set(CALLS)
     if profile is not None:
-        # Commands without --profile list the clusters of the region all the same.
+        # Commands without --profile list the clusters of the region even so.
         calls -= set() if profile.cluster else _OF_CLUSTERS
         calls -= set() if profile.instance_profile else OF_INSTANCES
     return actions_for(calls, profile, partition)
 
 
 def unknown_calls(calls: Iterable[Call]) -> set[Call]:
-    """Return the calls that the table does not have."""
+    """Return the calls that are missing in the table."""
     return set(calls) - CALLS.keys()
 
 
 def actions_for(
     calls: Iterable[Call], profile: Profile | None = None, partition: str = ""
 ) -> dict[str, Any]:
-    """Return the policy that allows these calls, and nothing else.
+    """Return the policy that allows exactly these calls.
 
     Args:
-        calls: Such as those recorded in a run.
+        calls: Such as the calls recorded in a run.
         profile: As for ``policy``.
         partition: As for ``policy``.
 
     Raises:
         ConfigError: If neither is given.
-        ValueError: If the table lacks a call.
+        ValueError: If a call is missing in the table.
     """
     calls = set(calls)
     place = _place(profile, partition)
@@ -267,7 +267,7 @@ _SIDS: dict[Resource, str] = {
 def _resources(
     resource: Resource, profile: Profile | None, place: tuple[str, str, str]
 ) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Return ARNs, or patterns of such, and a condition."""
+    """Return ARNs, or patterns of ARNs, and a condition."""
     partition, region, account = place
 
     def arn(service: str, name: str) -> str:
@@ -284,13 +284,13 @@ def _resources(
         case "definition":
             return [arn("batch", f"job-definition/{DEFINITION_PREFIX}*")], {}
         case "job":
-            # Not by tag: whether children of an array carry their parent's is not documented.
+            # Jobs are not told apart by tag, as children of an array may lack their parent's tags.
             return [arn("batch", "job/*")], {}
         case "log_group":
             group = profile.log_group or "/aws/batch/job" if profile else "/cloudexec/cloudexec-*"
             return [arn("logs", f"log-group:{group}"), arn("logs", f"log-group:{group}:*")], {}
         case "bucket" | "object":
-            # Buckets of other accounts have names too, but let in only whom they name.
+            # A bucket of another account may match, but it lets in only users that it names.
             bucket = (profile.bucket if profile else "") or "cloudexec-*"
             keys = f"/{OBJECTS_PREFIX}*" if resource == "object" else ""
             return [f"arn:{partition}:s3:::{bucket}{keys}"], {}
@@ -303,7 +303,7 @@ def _resources(
         case "secret":
             if profile and profile.key_secret:
                 return [profile.key_secret], {}
-            # CloudFormation names it, so the tag has to tell.
+            # CloudFormation chooses the secret's name, so the policy uses its tag.
             return [arn("secretsmanager", "secret:*")], {
                 "StringLike": {f"aws:ResourceTag/{TAG_STACK}": "cloudexec-*"}
             }
@@ -315,13 +315,13 @@ def _resources(
             is_arn = cluster.startswith("arn:")
             return [cluster if is_arn else arn("ecs", f"cluster/{cluster}")], {}
         case "task":
-            # In clusters of AWS Batch too, which it names after compute environments.
+            # AWS Batch names its own clusters after its compute environments.
             tasks = [arn("ecs", "task/AWSBatch-*")]
             if profile is None or profile.cluster:
                 tasks += _resources("own_task", profile, place)[0]
             return tasks, {}
         case "own_task":
-            # Tasks of AWS Batch are those of all its users, who may not stop each other's.
+            # All users of AWS Batch share its clusters, and may not stop each other's tasks.
             cluster = (profile.cluster if profile else "") or "cloudexec-*"
             return [arn("ecs", f"task/{cluster.rpartition('/')[2]}/*")], {}
         case "task_definition":
@@ -333,7 +333,7 @@ def _resources(
 
 
 def _place(profile: Profile | None, partition: str) -> tuple[str, str, str]:
-    """Return partition, region and account, as far as they are known."""
+    """Return partition, region and account, or patterns for those that are not known."""
     if profile is None:
         if not partition:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What workers cost: a dated table of list prices, and how to bring it up to date."""
+"""Prices of workers: a dated table of list prices, and the way to refresh it."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ __all__ = [
 ]
 
 LEAST_SECONDS = 60
-"""What is paid for at least, each time a worker starts. AWS Fargate pricing, "one-minute minimum";
-Amazon EC2 bills Linux alike."""
+"""Least time that is charged for each start of a worker. AWS Fargate pricing, "one-minute minimum";
+Amazon EC2 charges for Linux in the same way."""
 _HOUR = 3600.0
 _MIB_PER_GB = 1024
-"""Fargate's price list says GB where its sizes are GiB."""
+"""Fargate's price list says GB, but its sizes are GiB."""
 _FREE_EPHEMERAL_GB = 20
 """AWS Fargate pricing: the first 20 GB of a task's storage are free."""
 _ARCHITECTURES = ("x86_64", "arm64")
 _BUILT_IN_REGION = "us-east-1"
 _PRICING_REGION = "us-east-1"
-"""AWS Billing User Guide, "Price List Query API": has an endpoint in a few regions only, which
-answer for all."""
+"""A region with an endpoint of the price list, which answers for all regions. AWS Billing User
+Guide, "Price List Query API"."""
 _FARGATE_USAGE = re.compile(
     r"(?:[A-Z0-9]+-)?Fargate-(?:(ARM)-)?"
     r"(vCPU-Hours:perCPU|GB-Hours|EphemeralStorage-GB-Hours)"
 )
-"""A region's prefix differs (``USE1-``, ``EUC1-``); Windows has other names, which do not match."""
+"""Prefixes differ by region (``USE1-``, ``EUC1-``). Names for Windows differ and do not match."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePrice:
-    """An EC2 instance type, of which a job takes a share."""
+    """An EC2 instance type. A job takes a share of an instance."""
 
     vcpus: int
     memory_gib: float
     arch: str
     per_hour: float
-    """On demand, Linux, shared tenancy, in USD."""
+    """USD on demand, for Linux and shared tenancy."""
     gpus: int = 0
 
 
@@ -65,48 +65,48 @@ class PriceTable:
     """List prices of one region, in USD, without taxes, free tiers and discounts."""
 
     dated: date
-    """When they were put together."""
+    """Day on which the prices were collected."""
     source: str
-    """Where."""
+    """Where the prices come from."""
     region: str = _BUILT_IN_REGION
     note: str = ""
-    """Why these are not the freshest, if they might have been."""
+    """Why the prices could not be refreshed; empty if they were, or nobody tried."""
     vcpu_hour: Mapping[str, float] = field(
         default_factory=lambda: {"x86_64": 0.04048, "arm64": 0.03238}
     )
-    """Fargate, by architecture."""
+    """USD on Fargate, by architecture."""
     gb_hour: Mapping[str, float] = field(
         default_factory=lambda: {"x86_64": 0.004445, "arm64": 0.00356}
     )
-    """Fargate, by architecture."""
+    """USD on Fargate, by architecture."""
     ephemeral_gb_hour: float = 0.000111
-    """Fargate storage beyond 20 GB."""
+    """USD for Fargate storage beyond 20 GB."""
     spot_factor: float = 0.3
-    """Spot is "up to 70% off"; what it really costs moves, and no price list has it."""
+    """Spot costs "up to 70% less". Its real price changes, and no price list has it."""
     public_ipv4_hour: float = 0.005
-    """Each worker with a public address pays for it."""
+    """USD for the public address of a worker, if it has one."""
     instances: Mapping[str, InstancePrice] = field(default_factory=lambda: dict(_INSTANCES))
-    """EC2, by instance type."""
+    """Prices on EC2, by instance type."""
 
     @classmethod
     def built_in(cls) -> PriceTable:
-        """Return the prices that this release knows."""
+        """Return the prices that come with this release."""
         return _BUILT_IN
 
     @classmethod
     def load(cls, region: str) -> PriceTable:
-        """Return what was last learned for a region, or else the built-in table."""
+        """Return the prices last looked up for a region, or else the built-in table."""
         try:
             return _read(json.loads(_cache(region).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # It can be had again, so a file that is damaged or of another release is none.
+            # A damaged file, or one of another release, is ignored: prices can be looked up again.
             return _BUILT_IN
 
     def __str__(self) -> str:
         return f"{self.region} list price of {self.dated.isoformat()}"
 
     def save(self) -> Path:
-        """Keep the table for ``load``."""
+        """Write the table to the file from which ``load`` reads."""
         path = _cache(self.region)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
@@ -130,16 +130,16 @@ class PriceTable:
         """Return the price of one worker.
 
         Args:
-            vcpus: What it asks for.
-            memory_mib: What it asks for.
-            gpus: What it asks for, on EC2.
+            vcpus: vCPUs that the worker requests.
+            memory_mib: MiB that the worker requests.
+            gpus: GPUs that the worker requests, on EC2.
             arch: ``"x86_64"`` or ``"arm64"``.
-            compute: ``"fargate"`` or ``"ec2"``. A job on EC2 is priced as its share of the
-                instance type that holds it most cheaply, as if others filled the rest.
-            spot: Whether it runs on spare capacity.
-            ephemeral_gib: Its disk on Fargate; ``None``: the usual 20.
-            public_ip: Whether it has a public IPv4 address.
-            region: Where it runs; empty: the table's region.
+            compute: ``"fargate"`` or ``"ec2"``. A job on EC2 is priced as a share of the cheapest
+                instance type for it, as if other jobs used the rest.
+            spot: Whether the worker runs on spare capacity.
+            ephemeral_gib: Disk of the worker on Fargate; ``None``: the usual 20.
+            public_ip: Whether the worker has a public IPv4 address.
+            region: Region of the worker; empty: the table's region.
 
         Raises:
             ConfigError: If there is no such architecture or compute.
@@ -170,10 +170,10 @@ class PriceTable:
         )
 
     def _share(self, vcpus: float, memory_mib: int, gpus: int, arch: str) -> tuple[float, float]:
-        """Return USD per hour, and the share of one instance."""
+        """Return USD per hour, and the share of one instance, for the cheapest type."""
         known = [each for each in self.instances.values() if bool(each.gpus) == bool(gpus)]
         known = known or [each for each in _INSTANCES.values() if each.gpus]
-        # GPUs of another architecture are the better guess where there are none of this one.
+        # If no instance of this architecture has GPUs, one of the other is the better estimate.
         same = [each for each in known if each.arch == arch] or known
         shares = (
             (
@@ -190,29 +190,29 @@ class PriceTable:
 
 
 def format_usd(usd: float) -> str:
-    """Write an amount: cents where it is dollars, four digits where it is less."""
+    """Format an amount: dollars with cents, and smaller amounts with four digits."""
     if abs(usd) >= 1:
         return f"${usd:,.2f}"
     return "$0.00" if abs(usd) < 0.00005 else f"${usd:.4f}"
 
 
 async def refresh(clients: AwsClients, *, keep: bool = True) -> PriceTable:
-    """Look the prices of the clients' region up, and keep them.
+    """Look up the prices of the clients' region, and save them.
 
     Args:
-        clients: Whose region it is; they need ``pricing:GetProducts``.
-        keep: Whether to write them to the file from which ``PriceTable.load`` reads.
+        clients: Calls to AWS; they need ``pricing:GetProducts``.
+        keep: Whether to save them in the file from which ``PriceTable.load`` reads.
 
     Returns:
-        A table of today; or, where that is not allowed or AWS cannot be reached, what was known,
-        with a note that says why.
+        A table of today. If AWS forbids the calls or cannot be reached, the table known so far,
+        with a note of the reason.
 
     References:
         AWS Price List API, "GetProducts".
     """
     known = PriceTable.load(clients.region)
     try:
-        # First alone: who may not, is told so once.
+        # This call is made alone, so that a missing permission is reported only once.
         fargate = await _products(clients, "AmazonECS", {})
         instances = await asyncio.gather(
             *(_products(clients, "AmazonEC2", _instance_filters(each)) for each in _INSTANCES)
@@ -255,7 +255,7 @@ def _instance_filters(instance_type: str) -> dict[str, str]:
 async def _products(
     clients: AwsClients, service: str, fields: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Return the products of the region that have these attributes."""
+    """Return the region's products that have these attributes."""
     filters = [
         {"Type": "TERM_MATCH", "Field": name, "Value": value}
         for name, value in {"regionCode": clients.region, **fields}.items()
@@ -283,7 +283,7 @@ def _learned(
     fargate: Iterable[Mapping[str, Any]],
     instances: Mapping[str, Iterable[Mapping[str, Any]]],
 ) -> PriceTable | None:
-    """Return the table of today, or ``None`` if it would lack Fargate."""
+    """Return a table of today; ``None`` if it would lack prices of Fargate."""
     vcpu_hour: dict[str, float] = {}
     gb_hour: dict[str, float] = {}
     ephemeral: list[float] = []
@@ -301,7 +301,7 @@ def _learned(
             ephemeral.append(price)
     if not {"x86_64"} <= vcpu_hour.keys() & gb_hour.keys():
         return None
-    # A region without arm64 has no such workers to price; the other price is an upper bound.
+    # A region without arm64 runs no such workers. The price of x86-64 fills the gap.
     for prices in (vcpu_hour, gb_hour):
         prices.setdefault("arm64", prices["x86_64"])
     learned: dict[str, InstancePrice] = {}
@@ -324,7 +324,7 @@ def _learned(
 
 
 def _on_demand(product: Mapping[str, Any]) -> float | None:
-    """Return the one price that is not zero: a product may list a free tier beside it."""
+    """Return the price above zero, as a product may have a free tier besides."""
     prices = [
         float(dimension["pricePerUnit"]["USD"])
         for term in product.get("terms", {}).get("OnDemand", {}).values()
@@ -335,7 +335,7 @@ def _on_demand(product: Mapping[str, Any]) -> float | None:
 
 
 def _cache(region: str) -> Path:
-    # A folder of its own: every *.json beside it is a profile.
+    # A folder of its own, because every *.json in the parent folder is a profile.
     return profile_directory() / "prices" / f"{region}.json"
 
 
@@ -375,8 +375,8 @@ def _instance(
     )
 
 
-# What Batch chooses from by default: compute, general and memory families. Not the burstable
-# types, whose price is not that of a processor in full use.
+# The instance types from which Batch chooses by default: compute, general and memory families.
+# Burstable types are left out, as their price is not for a processor in full use.
 _INSTANCES: Mapping[str, InstancePrice] = {
     "c6i.large": _instance(2, 4, "x86_64", 0.085),
     "c7i.large": _instance(2, 4, "x86_64", 0.08925),
@@ -387,8 +387,8 @@ _INSTANCES: Mapping[str, InstancePrice] = {
     "c7g.xlarge": _instance(4, 8, "arm64", 0.145),
     "c8g.large": _instance(2, 4, "arm64", 0.07976),
     "m7g.large": _instance(2, 8, "arm64", 0.0816),
-    # Workers with GPUs are priced by the cheapest of these; which one it becomes, the compute
-    # environment says.
+    # Workers with GPUs are priced by the cheapest of these types. The compute environment decides
+    # which type they really get.
     "g4dn.xlarge": _instance(4, 16, "x86_64", 0.526, gpus=1),
     "g6.xlarge": _instance(4, 16, "x86_64", 0.8048, gpus=1),
     "g5.xlarge": _instance(4, 16, "x86_64", 1.006, gpus=1),

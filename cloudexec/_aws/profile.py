@@ -1,4 +1,4 @@
-"""A profile: where to launch, as ``cloudexec up`` found or made it, in a file of its own."""
+"""Profiles: files with the settings of an account and region that ``cloudexec up`` writes."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What an executor must know of an account to launch workers in it. Holds no secret."""
+    """The settings that an executor needs to launch workers in an account. It holds no secret."""
 
     name: str
     region: str
     stack: str = ""
-    """CloudFormation stack; empty where things were given by hand."""
+    """CloudFormation stack; empty if the user wrote the profile by hand."""
     queues: Mapping[str, str] = field(default_factory=dict)
-    """ARN or name of the job queue for ``"fargate"``, ``"fargate_spot"``, ``"ec2"``,
-    ``"ec2_spot"`` and, for relays, ``"fargate_relay"``; those that exist."""
+    """ARN or name of each job queue that exists: ``"fargate"``, ``"fargate_spot"``, ``"ec2"``,
+    ``"ec2_spot"`` and, for relays, ``"fargate_relay"``."""
     job_role: str = ""
-    """ARN of the role that tasks have."""
+    """ARN of the role of tasks."""
     execution_role: str = ""
-    """ARN of the role that pulls the image and reads the key."""
+    """ARN of the role with which AWS pulls the image and reads the key."""
     run_role: str = ""
-    """ARN of the role that programs started with ``cloudexec run`` have."""
+    """ARN of the role of programs that ``cloudexec run`` starts."""
     key_secret: str = ""
-    """ARN of the secret that holds the stack's key; workers and executors read it."""
+    """ARN of the secret with the stack's key, which workers and executors read."""
     log_group: str = ""
     bucket: str = ""
     repository: str = ""
@@ -46,15 +46,15 @@ class Profile:
     images: Mapping[str, str] = field(default_factory=dict)
     """Image, pinned by digest, by Python version and platform: ``"3.11-linux/amd64"``."""
     security_group: str = ""
-    """Joined by the client's machine, in the same VPC, it lets workers in."""
+    """Security group of the workers. A machine in the VPC that joins it lets workers connect."""
     vpc: str = ""
     subnets: tuple[str, ...] = ()
     assign_public_ip: bool = True
-    """Whether workers get a public address: needed in public subnets to reach anything."""
+    """Whether workers get a public address, which they need in public subnets."""
     advertise: str = ""
-    """Host or ``host:port`` at which workers reach the client; empty: found by itself."""
+    """Host or ``host:port`` at which workers reach the client; empty: executors find it."""
     project: str = ""
-    """Goes into a tag of every job."""
+    """Project, which becomes a tag of every job."""
     cluster: str = ""
     """ARN or name of the cluster of Amazon ECS in which ``Fargate`` runs workers; empty: the stack
     has none."""
@@ -63,12 +63,12 @@ class Profile:
     instance_role: str = ""
     """ARN of its role, which pulls the image, reads the key and writes the log."""
     relay: str = ""
-    """``relay=`` of a launcher that has none: ``"auto"`` if this machine could not be reached when
-    the profile was written."""
+    """Default of a launcher's ``relay=``. It is ``"auto"`` if workers could not reach this machine
+    when the profile was written."""
 
     @property
     def is_adopted(self) -> bool:
-        """Whether somebody else deployed the stack, so that it is not ours to change or delete."""
+        """Whether another person deployed the stack, so that cloudexec never changes it."""
         return bool(self.stack) and self.stack != f"cloudexec-{self.name}"
 
     def image(self, python: str, platform: str) -> str:
@@ -76,7 +76,7 @@ class Profile:
         return self.images.get(f"{python}-{platform}", "")
 
     def with_image(self, python: str, platform: str, uri: str) -> Profile:
-        """Return the profile with one image more or another."""
+        """Return a copy of the profile with an image added or replaced."""
         return replace(self, images={**self.images, f"{python}-{platform}": uri})
 
     @classmethod
@@ -84,7 +84,7 @@ class Profile:
         """Return the file of a profile.
 
         Raises:
-            ConfigError: If the name cannot be one.
+            ConfigError: If the name is not allowed.
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(
@@ -97,7 +97,7 @@ class Profile:
         """Read a profile.
 
         Raises:
-            ConfigError: If there is none of that name, or its file cannot be understood.
+            ConfigError: If there is no such profile, or its file cannot be read.
         """
         path = cls.path(name)
         try:
@@ -116,8 +116,8 @@ class Profile:
     def _of(cls, data: Any, path: Path) -> Profile:
         known = {each.name for each in fields(cls)}
         if not isinstance(data, dict) or not {"name", "region"} <= data.keys():
-            raise ConfigError(f"the profile {path} is not one: it has no name and region")
-        # A newer release may have written more than we know.
+            raise ConfigError(f"the file {path} is not a profile: it has no name and region")
+        # A newer release may have written settings that this one does not know.
         values = {key: value for key, value in data.items() if key in known}
         for key, value in values.items():
             if not _fits(key, value):
@@ -134,7 +134,7 @@ class Profile:
             return []
 
     def save(self) -> Path:
-        """Write the profile, in one step, readable by this user only.
+        """Write the profile in one step, readable by this user only.
 
         Raises:
             ConfigError: If it cannot be written.
@@ -152,7 +152,7 @@ class Profile:
 
     @classmethod
     def check_writable(cls, name: str) -> None:
-        """Make the directory of profiles, for those who have much to do before they save one.
+        """Create the directory of profiles, so that an error is found before anything is set up.
 
         Raises:
             ConfigError: If no profile can be written there.
@@ -164,7 +164,7 @@ class Profile:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def delete(self) -> None:
-        """Remove the profile's file; nothing happens if there is none."""
+        """Delete the profile's file, if it exists."""
         self.path(self.name).unlink(missing_ok=True)
 
 
@@ -180,7 +180,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _fits(key: str, value: Any) -> bool:
-    """Whether a member of the file has the type that it must have."""
+    """Return whether a value of the file has the type that the setting needs."""
     if key in ("queues", "images"):
         return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
     if key == "subnets":
@@ -189,7 +189,7 @@ def _fits(key: str, value: Any) -> bool:
 
 
 def profile_directory() -> Path:
-    """Return where profiles are: ``$CLOUDEXEC_CONFIG_DIR``, or ``cloudexec`` in the user's
+    """Return the directory of profiles: ``$CLOUDEXEC_CONFIG_DIR``, or ``cloudexec`` in the user's
     configuration directory."""
     own = os.environ.get("CLOUDEXEC_CONFIG_DIR")
     if own:

@@ -1,4 +1,4 @@
-"""An account's quotas of vCPUs, found by what AWS calls them."""
+"""Looks up an account's quotas of vCPUs by the names that AWS gives them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["kind_of_quota", "vcpu_quotas"]
 async def vcpu_quotas(
     call: Callable[..., Awaitable[Any]], services: Iterable[str]
 ) -> dict[str, float]:
-    """Return vCPUs that the account may run at once, by kind of queue, as far as AWS lists them.
+    """Return the vCPUs that the account may run at once, by kind of queue, if AWS lists them.
 
     Args:
         call: Makes a call to AWS: service, operation, parameters.
@@ -35,7 +35,7 @@ async def vcpu_quotas(
 
 
 def kind_of_quota(name: str) -> str:
-    """Return the kind of queue that a quota bounds, or an empty string."""
+    """Return the kind of queue that a quota limits, or an empty string."""
     lower = name.lower()
     if "fargate" in lower and "vcpu" in lower:
         return "fargate_spot" if "spot" in lower else "fargate"

@@ -1,4 +1,4 @@
-"""What is told of jobs, executors, logs and costs: records for people and programs."""
+"""Records of jobs, executors, logs and costs, for people and programs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
 """States of a job that has not ended, in their order. AWS Batch User Guide, "Job states"."""
 ENDED = ("SUCCEEDED", "FAILED")
 TOLD_TO_END = "ENDED"
-"""Of workers that AWS Batch calls FAILED because they were told to end: this is ours."""
+"""Our state of workers that AWS Batch calls FAILED because they were told to end."""
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can say: ISO 8601 for times, objects for records."""
+    """Return a value that JSON can hold: ISO 8601 for times, objects for records."""
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, Record):
@@ -43,21 +43,21 @@ def _plain(value: Any) -> Any:
 
 
 class Record:
-    """What can be written as JSON."""
+    """A record that can be written as JSON."""
 
     __slots__ = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields; times as ISO 8601 in UTC, durations as seconds, money as USD."""
+        """Return all fields: times as ISO 8601 in UTC, durations in seconds, money in USD."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptInfo(Record):
-    """One attempt of AWS Batch to run a job. (A task's attempts are another matter.)"""
+    """One attempt of AWS Batch to run a job. (Tasks have attempts of their own.)"""
 
     number: int
-    """From 1."""
+    """Number of the attempt, from 1."""
     started_at: datetime | None = None
     stopped_at: datetime | None = None
     exit_code: int | None = None
@@ -67,33 +67,33 @@ class AttemptInfo(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobInfo(Record):
-    """A job: one worker, or as many as its array has."""
+    """A job: one worker, or all workers of an array."""
 
     id: str
-    """``PARENT:INDEX`` for one worker of an array."""
+    """Id of the job; ``PARENT:INDEX`` for one worker of an array."""
     name: str
     state: str
-    """As AWS Batch says. An array is ``PENDING`` while its workers run: see ``workers``."""
+    """AWS Batch's state. An array is ``PENDING`` while its workers run: see ``workers``."""
     executor: str
     user: str
     project: str
     queue: str
     definition: str
-    """Name and revision."""
+    """Name and revision of the job definition."""
     size: int
-    """Workers in it."""
+    """Number of workers."""
     index: int | None
-    """Which worker of its array it is, or ``None``."""
+    """Index of the worker in its array, or ``None``."""
     first_worker: int | None
-    """Number of its first worker: it is ``worker-<first_worker>``, or has that and those that
-    follow; ``None`` if its name does not say."""
+    """Number of the job's first worker, which is ``worker-<first_worker>``. The others of an array
+    follow. ``None`` if the job's name does not contain it."""
     workers: Mapping[str, int]
-    """How many workers are in which state. AWS updates it with some delay. Those that it calls
+    """Number of workers in each state, which AWS updates with some delay. Workers that AWS calls
     ``FAILED`` because the executor or a person has ended them are ``ENDED``."""
     vcpus: float
-    """Of one worker."""
+    """vCPUs of one worker."""
     memory_mib: int
-    """Of one worker."""
+    """MiB of one worker."""
     arch: str
     compute: str
     """``"fargate"`` or ``"ec2"``."""
@@ -102,31 +102,32 @@ class JobInfo(Record):
     started_at: datetime | None
     stopped_at: datetime | None
     expires_at: datetime | None
-    """When its time limit ends it at the latest."""
+    """The time at which the job's time limit ends it."""
     exit_code: int | None
-    """Of the last attempt's container."""
+    """Exit code of the last attempt's container."""
     reason: str
-    """What AWS says of how it ended or why it waits; empty while there is nothing to say. For an
-    array, what it says of most of its failed workers."""
+    """AWS's reason for the job's end, or for its wait; empty if there is none. For an array, the
+    reason of most of its failed workers."""
     without_client: int
-    """Workers of it that could not reach the program, or not any more: it may have been killed."""
+    """Number of workers that could not connect to the program, or lost it for good. The program may
+    have been killed."""
     attempts: tuple[AttemptInfo, ...]
     log_group: str
     log_stream: str
-    """Of the last attempt; empty until it runs."""
+    """Log stream of the last attempt; empty until it runs."""
     run_seconds: float
-    """Of all its workers and attempts together, up to now."""
+    """Run time of all workers and attempts together, up to now."""
     cost_usd: float
-    """Up to now."""
+    """Cost up to now."""
     per_hour_usd: float
-    """What those of its workers cost that run now."""
+    """Cost of the workers that run now."""
     is_estimate: bool
-    """Whether the cost is less sure than a list price: Spot, EC2, or an array that could not be
-    looked through."""
+    """Whether the cost is less certain than a list price, as for Spot, EC2, or an array with too
+    many workers to look at each."""
 
     @property
     def is_active(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the job has not ended."""
         return self.state in ACTIVE
 
 
@@ -138,26 +139,27 @@ class ExecutorInfo(Record):
     user: str
     project: str
     is_active: bool
-    """Whether a job of it has not ended."""
+    """Whether one of the executor's jobs has not ended."""
     created_at: datetime
-    """When its first job was submitted."""
+    """The time at which the first job was submitted."""
     age_seconds: float
     expires_at: datetime | None
-    """When time limits have ended the last of its jobs at the latest."""
+    """The time at which time limits will have ended all jobs."""
     queues: tuple[str, ...]
     jobs: int
     workers: Mapping[str, int]
-    """How many workers are in which state."""
+    """Number of workers in each state."""
     vcpus: float
-    """Of workers that are starting or running."""
+    """vCPUs of workers that start or run."""
     memory_mib: int
-    """Of workers that are starting or running."""
+    """MiB of workers that start or run."""
     cost_usd: float
-    """Up to now."""
+    """Cost up to now."""
     per_hour_usd: float
-    """What it costs at present."""
+    """Cost of the workers that run now."""
     without_client: int
-    """Workers that could not reach the program, or not any more: it may have been killed."""
+    """Number of workers that could not connect to the program, or lost it for good. The program may
+    have been killed."""
     is_estimate: bool
 
 
@@ -174,7 +176,7 @@ class LogLine(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorCost(Record):
-    """What one executor's workers cost up to now."""
+    """The cost of one executor's workers up to now."""
 
     executor: str
     user: str
@@ -182,7 +184,7 @@ class ExecutorCost(Record):
     is_active: bool
     created_at: datetime
     runs: int
-    """Workers that ran, each attempt counted."""
+    """Number of times that a worker ran; each attempt counts."""
     run_seconds: float
     vcpu_hours: float
     gib_hours: float
@@ -193,11 +195,11 @@ class ExecutorCost(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostReport(Record):
-    """What was run and what it cost, by executor, the newest first.
+    """Costs by executor, the newest first.
 
-    List prices of vCPUs, memory, storage and public addresses, from when a worker's container
-    started. What is not in it: the download of images (seconds of each worker's time), logs, data
-    transfer, NAT gateways, discounts and taxes; and jobs that AWS Batch has forgotten.
+    The costs are list prices of vCPUs, memory, storage and public addresses, from the start of a
+    worker's container. They do not include the download of images (seconds of each worker's time),
+    logs, data transfer, NAT gateways, discounts and taxes, nor jobs that AWS Batch has forgotten.
     """
 
     executors: tuple[ExecutorCost, ...]
@@ -209,7 +211,7 @@ class CostReport(Record):
     prices_source: str
     prices_region: str
     notes: tuple[str, ...] = field(default=())
-    """What to know of these numbers, in sentences."""
+    """Sentences on the accuracy of the costs."""
 
 
 for _class in (AttemptInfo, CostReport, ExecutorCost, ExecutorInfo, JobInfo, LogLine):

@@ -1,4 +1,4 @@
-"""What the errors of AWS and of its SDK mean, and what to do about each."""
+"""Explains errors of AWS and of its SDK, and says what to do about each."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ NO_CREDENTIALS: tuple[type[Exception], ...] = (
     botocore.exceptions.ProfileNotFound,
     botocore.exceptions.TokenRetrievalError,
     botocore.exceptions.SSOError,
-    # Of `aws login`: older SDKs do not know it.
+    # Raised for `aws login`, which older SDKs do not know.
     getattr(botocore.exceptions, "LoginError", botocore.exceptions.SSOError),
 )
-"""What the SDK raises where it finds no credentials, or cannot renew those that it has found."""
+"""Errors of the SDK if it finds no credentials, or cannot renew them."""
 
 _DENIED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation")
 _UNKNOWN = (
@@ -50,7 +50,7 @@ _UNKNOWN = (
 _UNSIGNED = ("SignatureDoesNotMatch", "InvalidSignatureException")
 _SKEWED = re.compile(r"signature (expired|not yet current)", re.I)
 _SKEW_ALLOWED = 300.0
-"""Seconds by which a clock may be wrong. IAM User Guide, "Signature Version 4"."""
+"""Seconds by which a clock may differ. IAM User Guide, "Signature Version 4"."""
 _ORGANIZATION = re.compile(r"(service|resource) control policy|declarative policy", re.I)
 _EXPLICIT = re.compile(r"explicit deny in (an? [a-z -]*?policy|a permissions boundary)", re.I)
 _BOUNDARY = re.compile(r"no permissions boundary allows", re.I)
@@ -76,17 +76,17 @@ _ALWAYS_ENABLED = frozenset(
         "us-west-2",
     ]
 )
-"""Regions that every account has. AWS Account Management Reference Guide, "Enable or disable AWS
-Regions in your account"."""
+"""Regions that are enabled in every account. AWS Account Management Reference Guide, "Enable or
+disable AWS Regions in your account"."""
 _SERVICE_ROLE = re.compile(r"service[- ]?linked[- ]?role|AWSServiceRoleFor", re.I)
 
 
 def make_service_role(said: str, *, otherwise: str = "") -> str:
-    """Return the command that makes the service-linked role that AWS misses; empty if none.
+    """Return the command that creates the service-linked role that AWS misses; empty if none.
 
     Args:
         said: AWS's words.
-        otherwise: Service whose role it is where they name none, and they speak of a role.
+        otherwise: The service to assume if the words are about a role, but name no service.
 
     References:
         IAM User Guide, "Create a service-linked role"; Amazon EC2 User Guide, "Service-linked role
@@ -112,25 +112,25 @@ def remedy_of_refusal(
     region: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-    """Say what to do about an error that AWS has answered; empty: nobody knows.
+    """Say what to do about an error of AWS; empty if that is not known.
 
     Args:
         code: AWS's code of the error.
         message: AWS's words.
         what: The call, as IAM names it.
-        region: Where it went.
+        region: Region of the call.
         metadata: ``ResponseMetadata`` of the answer.
     """
     doubtful = (*_DENIED, *_UNKNOWN, *_UNSIGNED, *EXPIRED, "RequestTimeTooSkewed")
-    # Credentials are looked at last: a wrong clock makes the best of them fail.
+    # The clock is checked before the credentials, because a wrong clock makes good ones fail.
     if code in doubtful and (remedy := _clock(code, message, metadata or {})):
         return remedy
     if make := make_service_role(message):
-        return f"somebody who may call iam:CreateServiceLinkedRole makes it once: {make}"
+        return f"a user who may call iam:CreateServiceLinkedRole must create it once: {make}"
     if code in EXPIRED:
         return f"the AWS credentials have expired: {_log_in()}"
     if code in THROTTLES:
-        return "this account makes more calls than AWS takes: try again in a minute"
+        return "this account makes more calls than AWS allows: try again in a minute"
     if code in _DENIED:
         return _denied(message, what)
     if code in ("OptInRequired", "RegionDisabledException") or (
@@ -157,7 +157,7 @@ def remedy_of_refusal(
 
 
 def _clock(code: str, message: str, metadata: Mapping[str, Any]) -> str:
-    """Say that this machine's clock is wrong, if it is: what AWS answers has the right time."""
+    """Say that this machine's clock is wrong, if the time in AWS's answer shows that."""
     try:
         date = parsedate_to_datetime(metadata.get("HTTPHeaders", {}).get("date", ""))
         ahead = time.time() - date.timestamp()
@@ -171,8 +171,8 @@ def _clock(code: str, message: str, metadata: Mapping[str, Any]) -> str:
         minutes = f"{abs(ahead) / 60:.0f} minutes"
         how = f"is {minutes} {'ahead of' if ahead > 0 else 'behind'} that of AWS"
     return (
-        f"the clock of this machine {how}, and AWS takes no request that is signed with such a "
-        f"time: set the clock (`timedatectl set-ntp true`, or restart the virtual machine)"
+        f"the clock of this machine {how}, and AWS refuses requests that are signed with such "
+        f"a time: set the clock (`timedatectl set-ntp true`, or restart the virtual machine)"
     )
 
 
@@ -185,15 +185,15 @@ def _denied(message: str, what: str) -> str:
     if _ORGANIZATION.search(message):
         return (
             f"a policy of your AWS organization forbids {what} in this account or region: no "
-            f"policy of your own can allow it, so ask who administers the organization, or use "
+            f"policy of your own can allow it, so ask an administrator of the organization, or use "
             f"another region"
         )
     if _BOUNDARY.search(message):
         return f"the permissions boundary of these credentials does not allow {what}"
     if found := _EXPLICIT.search(message):
         return (
-            f"a statement with the effect Deny in {found[1]} forbids {what}: to allow it elsewhere "
-            f"does not help, so that statement must change"
+            f"a statement with the effect Deny in {found[1]} forbids {what}: no other statement "
+            f"can allow it, so that statement must change"
         )
     remedy = (
         f"these credentials may not call {what}: `cloudexec policy` prints what is needed, "
@@ -208,7 +208,7 @@ def _denied(message: str, what: str) -> str:
 
 
 def remedy_of_credentials(error: Exception) -> str:
-    """Say what to do where the SDK has no usable credentials."""
+    """Say what to do if the SDK has no usable credentials."""
     name = type(error).__name__
     if isinstance(error, botocore.exceptions.ProfileNotFound):
         return "set AWS_PROFILE to a profile that `aws configure list-profiles` shows, or unset it"
@@ -220,14 +220,14 @@ def remedy_of_credentials(error: Exception) -> str:
 
 
 def _log_in(command: str = "") -> str:
-    """Say how to log in again, and what a program that runs makes of it."""
+    """Say how to log in again, and whether a running program uses the new credentials."""
     profile = os.environ.get("AWS_PROFILE", "")
     option = f" --profile {profile}" if profile else ""
     if not command and os.environ.get("AWS_ACCESS_KEY_ID"):
         return (
-            "they are in the environment of this program (AWS_ACCESS_KEY_ID), which nobody can "
-            "change from outside: end it, set new ones, and start it again"
+            "they are in the environment of this program (AWS_ACCESS_KEY_ID), which cannot be "
+            "changed from outside: end the program, set new ones, and start it again"
         )
     commands = [command] if command else ["aws sso login", "aws login"]
     shown = " or ".join(f"`{each}{option}`" for each in commands)
-    return f"log in again with {shown}; a program that runs reads the new credentials by itself"
+    return f"log in again with {shown}; a running program reads the new credentials by itself"

@@ -1,4 +1,4 @@
-"""Relays that are started in a stack's VPC: what they need, and what they cost."""
+"""Needs and costs of relays that are started in a stack's VPC."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cloudexec._pricing import WorkerPrice
 __all__ = ["AUTO", "RELAY_SIZE", "lacks_for_relay", "relay_price"]
 
 AUTO = "auto"
-"""Start a relay where workers cannot reach the client."""
+"""Setting that starts a relay if workers cannot reach the client."""
 RELAY_SIZE = WorkerSize(vcpus=0.25, memory_mib=512)
-"""The least that Fargate has."""
+"""The smallest size of Fargate."""
 
 
 def lacks_for_relay(profile: Profile) -> str:
-    """Say what a set-up lacks to start a relay, and what to do; empty: nothing."""
+    """Say what a set-up lacks to start a relay, and what to do; empty if it lacks nothing."""
     if not profile.stack:
-        return "it needs the stack of a profile, which `cloudexec up` makes"
+        return "it needs the stack of a profile, which `cloudexec up` creates"
     if RELAY_QUEUE not in profile.queues or not profile.bucket or not profile.key_secret:
         if profile.is_adopted:
             return (
-                f"the stack {profile.stack} has no queue for relays: whoever deployed it can bring "
+                f"the stack {profile.stack} has no queue for relays: its administrator can bring "
                 f"it up to date with `cloudexec template`, and then `cloudexec up --adopt "
-                f"{profile.stack} --name {profile.name}` writes the profile anew"
+                f"{profile.stack} --name {profile.name}` writes the profile again"
             )
         return (
             f"the profile {profile.name!r} has no queue for relays: `cloudexec up --name "
@@ -40,12 +40,12 @@ def lacks_for_relay(profile: Profile) -> str:
 
 
 def relay_price(prices: PriceTable, arch: str, region: str) -> WorkerPrice:
-    """Return what a relay costs, with its public address.
+    """Return the price of a relay with a public address.
 
     Args:
-        prices: By which.
-        arch: Of the worker image.
-        region: Where it runs.
+        prices: Price table.
+        arch: Architecture of the worker image.
+        region: Region of the relay.
     """
     return prices.worker(
         vcpus=RELAY_SIZE.vcpus,

@@ -1,4 +1,4 @@
-"""What is left of a stack: each service is asked for what carries the stack's tag."""
+"""Finds what is left of a stack after teardown, by the stack's tag."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ _DESCRIBED = {
     "volume": "describe_volumes",
     "vpc": "describe_vpcs",
 }
-"""Types of EC2's, each with the call that describes it by its id."""
+"""Types of EC2 resources, each with the call that describes one by its id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remnant:
-    """Something of the stack that is still there after teardown."""
+    """A resource of the stack that still exists after teardown."""
 
     kind: str
     id: str
-    """Name, id or ARN; or why it is not known whether there is one."""
+    """Name, id or ARN of the resource; or why it is not known whether there is one."""
 
 
 async def find_remnants(
     clients: AwsClients, stack: str, report: Report, *, doubtful: Collection[str] = ()
 ) -> tuple[Remnant, ...]:
-    """Ask each service for what carries the stack's tag, then the tagging service for the rest.
+    """Ask each service for resources with the stack's tag, and then the tagging service.
 
-    What cannot be looked for counts as left, for nothing shows that it is gone. Only the tagging
-    service may be missing, since it sees what no stack of ours makes.
+    If a service cannot be asked, a remnant says so, because its resources may still exist. The
+    tagging service may fail, because it only finds resources that no stack of ours has.
 
     Args:
         clients: Account and region of the stack.
-        stack: Its name.
-        report: Told of what could not be asked.
-        doubtful: Kinds of which the stack had nothing, as far as is known. Where permission to
-            look for them is missing, that is reported, and nothing counts as left.
+        stack: Name of the stack.
+        report: Called with the services that could not be asked.
+        doubtful: Kinds of which the stack had no resource, as far as is known. A missing permission
+            to look for them is reported, and is not a remnant.
 
     Raises:
         AwsError: If AWS cannot be reached, or fresh credentials are needed.
@@ -128,7 +128,7 @@ async def _left_cluster(clients: AwsClients, stack: str) -> AsyncIterator[str]:
     answer = await clients.call("ecs", "describe_clusters", clusters=[stack], include=["TAGS"])
     for each in answer["clusters"]:
         tags = {tag["key"]: tag["value"] for tag in each.get("tags", ())}
-        # A deleted cluster can be described for a while.
+        # AWS describes a deleted cluster for some time.
         if each.get("status") != "INACTIVE" and tags.get(TAG_STACK) == stack:
             yield each["clusterName"]
 
@@ -174,12 +174,12 @@ async def _left_log_groups(clients: AwsClients, stack: str) -> AsyncIterator[str
 async def tagged_secrets(
     clients: AwsClients, stack: str, *, planned: bool = False
 ) -> AsyncIterator[Any]:
-    """Yield the stack's secrets as AWS describes them.
+    """Yield AWS's descriptions of the stack's secrets.
 
     Args:
-        clients: Where to look.
+        clients: Calls to AWS.
         stack: Value of the tag.
-        planned: Also those that are scheduled for deletion.
+        planned: Whether secrets that are scheduled for deletion are included.
     """
     async for each in clients.pages(
         "secretsmanager",
@@ -239,20 +239,20 @@ async def _left_elsewhere(clients: AwsClients, stack: str) -> AsyncIterator[str]
     ):
         arn = each["ResourceARN"]
         service, resource = arn.split(":")[2], arn.split(":", 5)[5]
-        # This service lags behind: what was asked for directly is not asked for twice. Jobs that
-        # have ended and definitions that are deregistered stay listed for a time, as AWS has it.
+        # The tagging service is updated late, so types that a finder has looked for are skipped.
+        # AWS lists ended jobs and deregistered definitions for some time: they are no remnants.
         is_known = service == "ec2" and resource.startswith(("security-group", "instance"))
         if service in _TYPES_SEEN_DIRECTLY or is_known:
             continue
         is_there = await _is_there(clients, arn, service, resource)
         if is_there is None:
-            yield f"{arn} (as the tagging service says, which lists for hours what is deleted)"
+            yield f"{arn} (from the tagging service, which lists deleted resources for hours)"
         elif is_there:
             yield arn
 
 
 async def _is_there(clients: AwsClients, arn: str, service: str, resource: str) -> bool | None:
-    """Describe what the tagging service lists; ``None`` if there is no telling."""
+    """Return whether a resource of the tagging service exists; ``None`` if nobody can tell."""
     kind, _, name = resource.partition("/")
     try:
         if service != "ec2" or kind not in _DESCRIBED:
@@ -268,15 +268,15 @@ async def _is_there(clients: AwsClients, arn: str, service: str, resource: str) 
 
 
 def _beginning(stack: str) -> str:
-    """Return how names begin that CloudFormation made: tags are read only of these.
+    """Return the beginning of the names that CloudFormation gives to the stack's resources.
 
-    It shortens the stack's name to fit, for roles to 64 characters in all.
+    It shortens the stack's name if the whole would be too long, for roles 64 characters.
     """
     return stack[:20]
 
 
 def _is_of_here(tags: Iterable[Mapping[str, str]], stack: str, region: str) -> bool:
-    """Whether what all regions see is of this region's stack, and not of one named like it."""
+    """Return whether a global resource is of this stack, and not of its namesake elsewhere."""
     found = {each.get("Key"): each.get("Value") for each in tags}
     return found.get(TAG_STACK) == stack and found.get(TAG_REGION, region) == region
 

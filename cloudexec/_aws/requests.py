@@ -1,4 +1,4 @@
-"""Requests to AWS Batch as data: what goes into them, and whether AWS will take them."""
+"""Builds requests to AWS Batch as data, and checks that AWS will accept them."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ __all__ = [
 ]
 
 RECLAIM_REASONS = ("Your Spot Task was interrupted", "Host EC2")
-"""How the reason begins when AWS takes a machine back. AWS Batch User Guide, "Best practices";
+"""Beginnings of the reason when AWS takes a machine back. AWS Batch User Guide, "Best practices";
 Amazon ECS Developer Guide, "Fargate capacity providers"."""
 FAILED_STARTS = ("CannotPullContainer", "ResourceInitializationError", "Task failed to start")
-"""How the reason begins when a container could not be started. On Fargate, the first two are
-reported to be the status reason; on EC2, the container's reason beside the third."""
+"""Beginnings of the reason when a container could not start. On Fargate, users report the first two
+as the status reason; on EC2, as the container's reason, with the third as the status reason."""
 _ATTEMPTS = 3
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OVERRIDE_MARGIN = 1024
-"""Characters that AWS Batch's own variables may take of those that Amazon ECS allows."""
+"""Characters of ``OVERRIDE_CHARACTERS`` that are left to AWS Batch's own variables."""
 _TAG_UNSAFE = re.compile(r"[^\w +\-=.:/@]")
 _TAG_KEY_LARGEST = 128
 _TAG_VALUE_LARGEST = 256
 _OWN_TAGS = 6
-"""Tags that a job may have from us."""
+"""Most tags that cloudexec gives to a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefinitionSpec:
-    """What makes one job definition different from another.
+    """The contents of a job definition.
 
-    Size and settings of a worker are given when it is submitted, so that one definition serves all
+    Submissions set the size and the settings of workers, so that one definition serves all
     executors with the same image and roles.
     """
 
     image: str
-    """Best pinned by digest: ``repository@sha256:...``."""
+    """URI of the image, best with its digest: ``repository@sha256:...``."""
     compute: str = "fargate"
     """``"fargate"`` or ``"ec2"``."""
     arch: str = "x86_64"
@@ -61,22 +61,22 @@ class DefinitionSpec:
     execution_role: str = ""
     job_role: str = ""
     key_secret: str = ""
-    """ARN of the secret that holds the stack's key."""
+    """ARN of the secret with the stack's key."""
     log_group: str = ""
     region: str = ""
-    """Of the log group."""
+    """Region of the log group."""
     assign_public_ip: bool = True
     ephemeral_gib: int | None = None
-    """Disk of a Fargate worker; ``None``: the 20 GiB that all have."""
+    """Disk of a Fargate worker in GiB; ``None``: the default of 20."""
     stack: str = ""
     user: str = ""
-    """Who runs it in the container; empty: whoever the image says."""
+    """User in the container; empty: the image's default."""
     size: WorkerSize = field(default_factory=lambda: WorkerSize(memory_mib=2048, vcpus=1))
-    """What a worker gets unless the submission says otherwise."""
+    """Size of a worker, unless the submission gives another."""
 
 
 def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
-    """Build the RegisterJobDefinition request; its name is a hash of its content.
+    """Build the RegisterJobDefinition request, whose name is a hash of its content.
 
     Raises:
         ConfigError: If AWS would refuse it.
@@ -86,7 +86,7 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
     container: dict[str, Any] = {
         "image": spec.image,
         "resourceRequirements": _requirements(spec.size),
-        # One process in the container takes in what others leave behind, and passes signals on.
+        # An init process in the container reaps orphaned processes, and passes signals on.
         "linuxParameters": {"initProcessEnabled": True},
     }
     if spec.user:
@@ -122,7 +122,8 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
         "propagateTags": True,
     }
     if spec.stack:
-        # Tags may be absent, not empty. AWS Batch API Reference, "RegisterJobDefinition".
+        # AWS accepts a request without tags, but not with empty ones. AWS Batch API Reference,
+        # "RegisterJobDefinition".
         request["tags"] = {TAG_STACK: spec.stack}
     text = json.dumps(request, sort_keys=True)
     if len(text) > limits.DEFINITION_BYTES:
@@ -134,16 +135,16 @@ def definition_request(spec: DefinitionSpec) -> dict[str, Any]:
 
 
 def log_configuration(spec: DefinitionSpec, prefix: str) -> dict[str, Any]:
-    """Return where a container writes its log.
+    """Return the log settings of a container.
 
     Args:
         spec: Names the log group.
-        prefix: What names of log streams begin with.
+        prefix: Prefix of the log streams' names.
     """
     options = {
         "awslogs-group": spec.log_group,
         "awslogs-stream-prefix": prefix,
-        # AWS drops lines under load otherwise. Amazon ECS API Reference, "LogConfiguration".
+        # Otherwise AWS drops lines under load. Amazon ECS API Reference, "LogConfiguration".
         "mode": "blocking",
     }
     if spec.region:
@@ -179,19 +180,19 @@ def submit_request(
     """Build one SubmitJob request.
 
     Args:
-        name: Of the job.
+        name: Name of the job.
         queue: Name or ARN.
         definition: ARN, with its revision.
         workers: 1 for a plain job, up to 10,000 for an array job.
-        size: Of each worker.
-        environment: Variables, the same for all.
-        tags: Of the job, and of what runs it.
-        attempt_seconds: After which AWS ends a worker, whatever became of us.
+        size: Size of each worker.
+        environment: Variables, the same for all workers.
+        tags: Tags of the job and of the task that runs it.
+        attempt_seconds: Time limit after which AWS ends a worker, even if the client has died.
         compute: ``"fargate"`` or ``"ec2"``.
-        retry_reclaimed: Whether AWS starts a worker again whose machine it took back; otherwise
-            that is left to the executor, which may want it elsewhere.
+        retry_reclaimed: Whether AWS restarts a worker whose machine it took back. Otherwise the
+            executor does, perhaps on another kind of capacity.
         share_identifier: For a queue with a fair-share policy; empty: it has none.
-        scheduling_priority: Within that share, 0 to 9999.
+        scheduling_priority: Priority within that share, 0 to 9999.
 
     Raises:
         ConfigError: If AWS would refuse it, now or later.
@@ -235,7 +236,7 @@ def submit_request(
         largest = max(environment, key=lambda key: len(environment[key]))
         raise ConfigError(
             f"the environment of a worker has {characters} characters as JSON; AWS takes {most}, "
-            f"and would let the job fail. The longest value is {largest!r}: send it as an argument "
+            f"and the job would fail. The longest value is {largest!r}: send it as an argument "
             f"or through initializer= instead"
         )
     size_bytes = len(json.dumps(request).encode())
@@ -247,10 +248,10 @@ def submit_request(
 
 
 def _retry_rules(compute: str, *, retry_reclaimed: bool) -> list[dict[str, str]]:
-    """Return which attempts AWS makes again; the first rule that fits counts, and five are allowed.
+    """Return the rules that say which attempts AWS retries. The first rule that matches counts.
 
-    A start that failed is tried again, whichever field has the reason. What ends by itself, or by
-    running out of memory, is the executor's to deal with.
+    AWS allows five rules. It retries a failed start, whichever field has the reason. The executor
+    handles workers that end by themselves or run out of memory.
     """
     # Each of the two reasons for a reclaim belongs to one kind of compute environment.
     reclaimed = RECLAIM_REASONS[0 if compute == "fargate" else 1]
@@ -262,10 +263,10 @@ def _retry_rules(compute: str, *, retry_reclaimed: bool) -> list[dict[str, str]]
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuse variables that AWS Batch or a container cannot have.
+    """Refuse variables that AWS Batch or a container does not allow.
 
     Raises:
-        ConfigError: Naming the first of them.
+        ConfigError: If there is one. The message names the first.
     """
     for name, value in environment.items():
         if not _VARIABLE.fullmatch(name) or name.startswith("AWS_BATCH"):
@@ -278,10 +279,10 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def check_tags(tags: Mapping[str, str]) -> None:
-    """Refuse tags of the user's own that AWS would refuse, or that are ours.
+    """Refuse tags of the user that AWS would refuse, or that are reserved for cloudexec.
 
     Raises:
-        ConfigError: Naming the first of them.
+        ConfigError: If there is one. The message names the first.
 
     References:
         AWS Batch API Reference, "TagResource"; AWS General Reference, "Tag naming limits".
@@ -293,7 +294,7 @@ def check_tags(tags: Mapping[str, str]) -> None:
         )
     for key, value in tags.items():
         if key.lower().startswith(("aws:", "cloudexec:")):
-            raise ConfigError(f"tags that begin with aws: or cloudexec: are not yours: {key!r}")
+            raise ConfigError(f"tags that begin with aws: or cloudexec: are reserved: {key!r}")
         if not 1 <= len(key) <= _TAG_KEY_LARGEST or len(value) > _TAG_VALUE_LARGEST:
             raise ConfigError(
                 f"a tag has 1 to {_TAG_KEY_LARGEST} characters and its value up to "
@@ -307,5 +308,5 @@ def check_tags(tags: Mapping[str, str]) -> None:
 
 
 def tag_value(text: str) -> str:
-    """Return a text as AWS allows it for the value of a tag."""
+    """Return a text with only the characters that AWS allows in the value of a tag."""
     return _TAG_UNSAFE.sub("_", text)[:_TAG_VALUE_LARGEST]

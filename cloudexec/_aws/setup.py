@@ -1,4 +1,4 @@
-"""Set-up: the stack is made or brought up to date, and a profile written of what it has."""
+"""Set-up: creates or updates the stack, and writes a profile with its resources."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["SetupOptions", "adopt", "up"]
 
 _INTERVAL = 2.0
 _VALID_WITHIN = 600.0
-"""Seconds for queues and environments to become VALID; CloudFormation has waited for them once."""
+"""Seconds until queues and environments must be VALID. CloudFormation has waited once before."""
 _QUEUES = {
     "fargate": "FargateQueue",
     "fargate_spot": "FargateSpotQueue",
@@ -38,7 +38,7 @@ _QUEUES = {
     "ec2_spot": "Ec2SpotQueue",
 }
 _PARAMETERS = {"fargate": "Fargate", "ec2": template_ec2.PARAMETER}
-"""By launcher: the parameter which says that the stack has what it needs."""
+"""By launcher: the template's parameter that adds the launcher's resources to the stack."""
 _NEEDED_OUTPUTS = ("FargateQueue", "ExecutionRole", "JobRole", "KeySecret", "LogGroup", "Version")
 _POLICY = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}|aws):policy/[\w+=,.@/-]+")
 _UNBORN = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED")
@@ -46,31 +46,31 @@ _UNBORN = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupOptions:
-    """What to set up. Empty and ``None``: as the stack has it, or the template's default."""
+    """Options of a set-up. Empty and ``None``: as in the stack, or the template's default."""
 
     name: str = "default"
-    """Of the profile; the stack is ``cloudexec-NAME``."""
+    """Name of the profile. The stack is ``cloudexec-NAME``."""
     vpc: str = ""
-    """A new stack uses the default VPC if none is given."""
+    """VPC of the workers. A new stack uses the default VPC if none is given."""
     subnets: tuple[str, ...] = ()
-    """A new stack uses the default subnets, or those of the VPC that is given, as far as workers
-    can start in them."""
+    """Subnets of the workers. A new stack uses those of the VPC in which workers can start; in the
+    default VPC, only its default subnets."""
     max_vcpus: int | None = None
     ec2: bool | None = None
-    """Whether there are queues for EC2 instances too."""
+    """Whether there are queues for EC2 instances, too."""
     launchers: tuple[str, ...] | None = None
-    """Launchers that the stack has something for, besides ``"batch"``, for which it always has:
-    ``"fargate"``, ``"ec2"`` (instances without AWS Batch)."""
+    """Launchers for which the stack has resources: ``"fargate"``, ``"ec2"``. It always has those
+    for ``"batch"``."""
     public_ip: bool | None = None
-    """Whether workers get public addresses. A new stack, and one whose network is changed: if
-    there are subnets in which that helps."""
+    """Whether workers get public addresses. For a new stack or a changed network, the default is
+    yes if there are subnets with an internet gateway."""
     log_retention_days: int | None = None
     bucket_expire_days: int | None = None
     project: str = ""
     permissions_boundary: str | None = None
-    """ARN of the policy that bounds the stack's roles; empty: none."""
+    """ARN of the permissions boundary of the stack's roles; empty: none."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Of a new stack, and so of all in it that can have tags."""
+    """Tags of a new stack, and of all its resources that can have tags."""
 
     def __post_init__(self) -> None:
         stack_name(self.name)
@@ -112,19 +112,19 @@ class SetupOptions:
 async def up(
     clients: AwsClients, options: SetupOptions, report: Report, *, interval: float = _INTERVAL
 ) -> Profile:
-    """Create the stack or bring it up to date, wait until it can be used, write the profile.
+    """Create or update the stack, wait until it can be used, and write the profile.
 
-    May be repeated: what is there is kept, what goes on is waited for, what failed is made anew.
-    When cancelled, the stack goes on by itself, and the next call continues.
+    It may be repeated: it keeps what exists, waits for what goes on, and creates again what failed.
+    If it is cancelled, CloudFormation continues, and the next call waits for it.
 
     Args:
         clients: Account and region to set up in.
-        options: What to set up.
-        report: Told of each step.
+        options: Options of the set-up.
+        report: Called with each step.
         interval: Seconds between two looks at the stack.
 
     Raises:
-        AwsError: If AWS refuses, or the stack fails: with the reason of the first failure.
+        AwsError: If AWS refuses, or the stack fails. The message has the first failure's reason.
         ConfigError: If there is no network to use, or the profile belongs to another stack.
     """
     name = stack_name(options.name)
@@ -132,9 +132,9 @@ async def up(
     earlier = _earlier_profile(options.name, report)
     if earlier is not None and earlier.is_adopted:
         raise ConfigError(
-            f"the profile {options.name!r} uses the stack {earlier.stack}, which somebody else "
+            f"the profile {options.name!r} uses the stack {earlier.stack}, which another person "
             f"deployed: `cloudexec up --adopt {earlier.stack} --name {options.name}` writes it "
-            f"anew; for a stack of your own, give another --name"
+            f"again; for a stack of your own, give another --name"
         )
     if earlier is not None and earlier.stack and earlier.region != clients.region:
         raise ConfigError(
@@ -156,20 +156,20 @@ async def up(
 async def adopt(
     clients: AwsClients, deployed: str, options: SetupOptions, report: Report
 ) -> Profile:
-    """Write a profile of a stack that somebody else has deployed from our template.
+    """Write a profile for a stack that another person has deployed from our template.
 
     Nothing in AWS is changed. The administrator who deployed the stack also updates and deletes
-    it. This needs permissions to describe the stack and its queues.
+    it. This call needs permissions to describe the stack and its queues.
 
     Args:
         clients: Account and region of the stack.
-        deployed: Its name or ARN.
+        deployed: Name or ARN of the stack.
         options: Name of the profile, and its project; nothing else.
-        report: Told of each step.
+        report: Called with each step.
 
     Raises:
         AwsError: If AWS refuses, or a queue cannot be used.
-        ConfigError: If there is no such stack, or it is not made of our template.
+        ConfigError: If there is no such stack, or it was not made from our template.
     """
     await asyncio.to_thread(Profile.check_writable, options.name)
     earlier = _earlier_profile(options.name, report)
@@ -186,13 +186,13 @@ async def adopt(
         if stack.status not in STANDING:
             raise AwsError(
                 f"the stack {stack.name} is in {stack.status} and cannot be used: its "
-                f"administrator must finish or mend it",
+                f"administrator must finish or repair it",
                 code=stack.status,
             )
         if stack.name == stack_name(options.name):
             raise ConfigError(
-                f"the stack {stack.name} is called as one of this profile's own, which `cloudexec "
-                f"down` would delete: give another --name"
+                f"the stack {stack.name} has the name of this profile's own stack, which "
+                f"`cloudexec down` would delete: give another --name"
             )
         version = stack.outputs.get("Version", "")
         missing = [key for key in _NEEDED_OUTPUTS if not stack.outputs.get(key)]
@@ -256,12 +256,12 @@ def _earlier_profile(name: str, report: Report) -> Profile | None:
     try:
         return Profile.load(name)
     except ConfigError as exc:
-        report(Noted(text=f"{exc}; it is written anew"))
+        report(Noted(text=f"{exc}; it is written again"))
         return None
 
 
 async def _settle(clients: AwsClients, name: str, report: Report, interval: float) -> Stack | None:
-    """Wait for what goes on, remove what a failed creation left; return what can be updated."""
+    """Wait for the stack's operations. Delete it if its creation failed; else return it."""
     while (stack := await find_stack(clients, name)) is not None:
         if stack.is_moving:
             with stepping(report, f"Waiting for the stack {name}, {stack.status}") as step:
@@ -284,7 +284,7 @@ async def _settle(clients: AwsClients, name: str, report: Report, interval: floa
             )
         elif stack.status in ("REVIEW_IN_PROGRESS", "UPDATE_ROLLBACK_FAILED"):
             raise AwsError(
-                f"the stack {name} is in {stack.status}, which cloudexec leaves alone: finish or "
+                f"the stack {name} is in {stack.status}, which cloudexec cannot handle: finish or "
                 f"delete it in the CloudFormation console, then run `cloudexec up` again",
                 code=stack.status,
             )
@@ -333,11 +333,11 @@ async def _update(
             f"than this one, which has {TEMPLATE_VERSION}: upgrade cloudexec"
         )
     if not options.tags.items() <= stack.tags.items():
-        # That CloudFormation changes the tags of a job queue in place is not certain. If it made a
-        # new one, the name would be taken, and the update would fail.
+        # CloudFormation may replace a job queue to change its tags. The new queue would need the
+        # name of the old one, so the update would fail.
         raise ConfigError(
-            f"the stack {stack.name} was made with other tags, which stay as they are: leave --tag "
-            f"out, or begin anew with `cloudexec down`"
+            f"the stack {stack.name} was made with other tags, which cannot change: leave --tag "
+            f"out, or delete the stack with `cloudexec down` first"
         )
     given = _parameters(options)
     if given.get("Fargate") == "false" and (cluster := stack.outputs.get("Cluster")):
@@ -376,7 +376,7 @@ async def _update(
 
 
 async def _check_unused(clients: AwsClients, cluster: str) -> None:
-    """Refuse to remove a cluster in which workers run, also those of other people."""
+    """Refuse to remove a cluster in which workers run, including those of other people."""
     try:
         answer = await clients.call("ecs", "list_tasks", cluster=cluster)
     except AwsError as exc:
@@ -418,10 +418,10 @@ def _text(number: int | None) -> str | None:
 async def _network(
     clients: AwsClients, options: SetupOptions, report: Report, stack: Stack | None = None
 ) -> dict[str, str]:
-    """Return the template's parameters of the network: as asked for, or the account's own."""
+    """Return the template's network parameters, from the options or by choosing subnets."""
     subnets: Sequence[str] = options.subnets
     if stack is not None and not (options.vpc or options.subnets):
-        # Only whether workers have public addresses changes.
+        # The subnets stay. Only the public addresses of workers change.
         subnets = stack.parameters.get("SubnetIds", "").split(",")
     with stepping(report, "Network") as step:
         network = await choose_network(
@@ -445,8 +445,8 @@ async def _network(
     if elsewhere and network.vpc not in elsewhere:
         text = (
             f"this instance is in {', '.join(elsewhere)}, the workers will be in {network.vpc}: "
-            f"they reach it at its public address only, or where the two VPCs are peered; with "
-            f"--vpc {elsewhere[0]}, they are beside it"
+            f"they reach it only at its public address, or if the two VPCs are peered; --vpc "
+            f"{elsewhere[0]} puts them into the same VPC"
         )
         report(Noted(text=text))
     return {
@@ -461,7 +461,7 @@ async def _await_valid(
 ) -> str:
     """Wait until queues and their environments are VALID, and enable those that are not.
 
-    Those of a stack that is not ours must be so already.
+    In a stack that is not ours, all must be VALID and ENABLED from the start.
     """
     started = time.monotonic()
     touched: set[str] = set()
@@ -484,20 +484,20 @@ async def _await_valid(
             if status == "INVALID" and name in touched:
                 why = str(each.get("statusReason") or "no reason given")
                 raise AwsError(
-                    f"the {kind} {name} is INVALID: {why}; once that is mended, "
+                    f"the {kind} {name} is INVALID: {why}; once that is repaired, "
                     f"{mend_invalid('`cloudexec up`', why)}",
                     code="INVALID",
                 )
             if not is_ours and (status, state) != ("VALID", "ENABLED"):
                 raise AwsError(
                     f"the {kind} {name} is {status} and {state}: the stack's administrator must "
-                    f"mend or enable it",
+                    f"repair or enable it",
                     code=status,
                 )
             is_off = status == "VALID" and state != "ENABLED"
             if (is_off or status == "INVALID") and name not in touched:
-                # `down` disables queues first, and may have been interrupted after that. What was
-                # INVALID is looked at again when it is updated.
+                # `down` disables queues first, and may have been interrupted after that. AWS Batch
+                # checks an INVALID queue or environment again when it is updated.
                 touched.add(name)
                 await clients.call(
                     "batch",
@@ -512,7 +512,7 @@ async def _await_valid(
             return f"{counted(len(queues), 'queue')} VALID and ENABLED"
         if time.monotonic() - started > _VALID_WITHIN:
             raise AwsError(
-                f"after {_VALID_WITHIN:.0f} s, {'; '.join(waiting)}: look at it in the AWS Batch "
+                f"after {_VALID_WITHIN:.0f} s, {'; '.join(waiting)}: check this in the AWS Batch "
                 f"console, then run `cloudexec up` again",
                 code="NotValid",
             )
@@ -535,7 +535,7 @@ def _profile(region: str, stack: Stack, options: SetupOptions, earlier: Profile 
         log_group=outputs.get("LogGroup", ""),
         bucket=outputs.get("Bucket", ""),
         repository=repository,
-        # Images went with the repository that they were in.
+        # A replaced repository has lost the images.
         images=base.images if base.repository in ("", repository) else {},
         security_group=outputs.get("SecurityGroup", ""),
         cluster=outputs.get("Cluster", ""),

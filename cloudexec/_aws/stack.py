@@ -1,4 +1,4 @@
-"""A set-up's CloudFormation stack: how it stands, and what happens to it until it rests."""
+"""Looks up a set-up's CloudFormation stack, and reports its events until its operation ends."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cloudexec._errors import AwsError
 __all__ = ["STANDING", "Stack", "event_ids", "find_stack", "follow", "stack_failure"]
 
 STANDING = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE")
-"""States of a stack whose resources can be used."""
+"""States of a stack in which its resources can be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """A CloudFormation stack as it is now."""
+    """A CloudFormation stack at one moment."""
 
     id: str
-    """Its ARN, by which it can be found for a while even when it is deleted."""
+    """ARN, which finds the stack for some time even after its deletion."""
     name: str
     status: str
     reason: str
@@ -31,16 +31,16 @@ class Stack:
 
     @property
     def is_moving(self) -> bool:
-        """Whether an operation goes on."""
+        """Whether an operation on the stack is under way."""
         return self.status.endswith("_IN_PROGRESS") and self.status != "REVIEW_IN_PROGRESS"
 
 
 async def find_stack(clients: AwsClients, name: str) -> Stack | None:
-    """Look a stack up.
+    """Look up a stack.
 
     Args:
-        clients: Where to look.
-        name: Its name or ARN.
+        clients: Calls to AWS.
+        name: Name or ARN of the stack.
 
     Returns:
         The stack, or ``None`` if there is none.
@@ -72,13 +72,13 @@ async def find_stack(clients: AwsClients, name: str) -> Stack | None:
 async def follow(
     clients: AwsClients, stack: Stack, seen: set[str], report: Report, interval: float
 ) -> tuple[Stack | None, list[ResourceChanged]]:
-    """Report what happens until the stack rests; return it, and what failed, first things first.
+    """Report events until the operation ends; return the stack, and the failures in their order.
 
     Args:
-        clients: Where it is.
-        stack: Is looked up by its id, which stays when it is deleted.
-        seen: Ids of events that are known.
-        report: Told of each new event of a resource.
+        clients: Calls to AWS.
+        stack: It is looked up by its id, which stays valid after its deletion.
+        seen: Ids of events that were reported before.
+        report: Called with each new event of a resource.
         interval: Seconds between two looks.
 
     Raises:
@@ -86,7 +86,7 @@ async def follow(
     """
     failures: list[ResourceChanged] = []
     while True:
-        # The state before the events: all of what led to it is then among them.
+        # The state is read before the events, so that all events that led to it are reported.
         now = await find_stack(clients, stack.id)
         if now is not None:
             for event in await _new_events(clients, now, seen):
@@ -102,7 +102,7 @@ async def follow(
 
 async def _new_events(clients: AwsClients, stack: Stack, seen: set[str]) -> list[ResourceChanged]:
     events: list[ResourceChanged] = []
-    # The newest come first, so the known ones end the search.
+    # AWS sends the newest events first, so the search ends at the first known one.
     async for each in clients.pages(
         "cloudformation", "describe_stack_events", "StackEvents", StackName=stack.id
     ):
@@ -121,21 +121,21 @@ async def _new_events(clients: AwsClients, stack: Stack, seen: set[str]) -> list
 
 
 async def event_ids(clients: AwsClients, stack: Stack) -> set[str]:
-    """Return the ids of what has happened to the stack so far, for ``follow``."""
+    """Return the ids of the stack's events so far, for ``follow``."""
     seen: set[str] = set()
     await _new_events(clients, stack, seen)
     return seen
 
 
 def stack_failure(stack: Stack, failures: Sequence[ResourceChanged]) -> AwsError:
-    """Return the error that names the first failure, from which the others follow."""
+    """Return the error for the first failure, which causes the others."""
     if failures:
         first = failures[0]
         why = f"{first.resource} ({first.kind}): {first.reason or 'no reason given'}"
     else:
         why = stack.reason or "no reason given"
     return AwsError(
-        f"the stack {stack.name} failed ({stack.status}): {why}; once that is mended, run "
+        f"the stack {stack.name} failed ({stack.status}): {why}; once that is repaired, run "
         f"`cloudexec up` again",
         code=stack.status,
         operation="cloudformation",

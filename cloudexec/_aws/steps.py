@@ -1,4 +1,4 @@
-"""What set-up and teardown report as they go: steps, what they found, and how long they took."""
+"""Events of set-up and teardown: steps, their results, and how long they took."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStarted:
-    """Work on something began."""
+    """A step has begun."""
 
     title: str
 
@@ -33,45 +33,45 @@ class StepFinished:
 
     title: str
     found: str
-    """What came of it, in a few words; may be empty."""
+    """Result in a few words; may be empty."""
     seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceChanged:
-    """CloudFormation says what became of one resource of the stack."""
+    """CloudFormation has changed the status of one resource of the stack."""
 
     resource: str
-    """Its name in the template."""
+    """Name of the resource in the template."""
     kind: str
-    """Such as ``"AWS::S3::Bucket"``."""
+    """Type of the resource, such as ``"AWS::S3::Bucket"``."""
     status: str
-    """Such as ``"CREATE_COMPLETE"``."""
+    """Status, such as ``"CREATE_COMPLETE"``."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noted:
-    """Something worth knowing that stops nothing."""
+    """A note for the user. The work goes on."""
 
     text: str
 
 
 Event: TypeAlias = StepStarted | StepFinished | ResourceChanged | Noted
 Report: TypeAlias = Callable[[Event], None]
-"""Called on the event loop's thread, and must not block."""
+"""Called with each event in the event loop's thread. It must not block."""
 
 
 @dataclass(slots=True)
 class Step:
-    """A step that goes on."""
+    """A step that is under way."""
 
     found: str = ""
 
 
 @contextlib.contextmanager
 def stepping(report: Report, title: str) -> Iterator[Step]:
-    """Report a step; what it finds is put into ``found``. One that raises is not finished."""
+    """Report a step, and at its end the result in ``found``. If it raises, no end is reported."""
     report(StepStarted(title=title))
     started = time.monotonic()
     begun = Step()
@@ -80,5 +80,5 @@ def stepping(report: Report, title: str) -> Iterator[Step]:
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things as people do."""
+    """Format a number with its noun, such as "3 jobs"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

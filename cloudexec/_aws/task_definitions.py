@@ -1,4 +1,4 @@
-"""Task definitions of Amazon ECS: registered once for each content, found again by family."""
+"""Registers each content once as a task definition of Amazon ECS, and finds it by its family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 _DELETED_AT_ONCE = 10
-"""Amazon ECS API Reference, "DeleteTaskDefinitions"."""
+"""Most definitions in one call. Amazon ECS API Reference, "DeleteTaskDefinitions"."""
 
 
 class TaskDefinition(NamedTuple):
@@ -25,14 +25,14 @@ class TaskDefinition(NamedTuple):
 
     arn: str
     is_active: bool
-    """Whether it is registered; otherwise it was deregistered, and stays listed until deleted."""
+    """Whether it is registered. A deregistered one stays listed until it is deleted."""
 
 
 async def ensure_task_definition(clients: AwsClients, request: Mapping[str, Any]) -> str:
-    """Return the ARN, with revision, of the definition with this content; register it if needed.
+    """Return the ARN, with revision, of the definition with this content. Register it if needed.
 
     Args:
-        clients: Where.
+        clients: Calls to AWS.
         request: From ``task_definition_request``.
 
     Raises:
@@ -45,7 +45,7 @@ async def ensure_task_definition(clients: AwsClients, request: Mapping[str, Any]
         if found["taskDefinition"].get("status", "ACTIVE") == "ACTIVE":
             return str(found["taskDefinition"]["taskDefinitionArn"])
     except AwsError as exc:
-        # That there is none, or no active one, is told in no other way.
+        # Amazon ECS has no more precise code for a family without an active definition.
         if exc.code != "ClientException":
             raise
     registered = await clients.call("ecs", "register_task_definition", **request)
@@ -55,12 +55,12 @@ async def ensure_task_definition(clients: AwsClients, request: Mapping[str, Any]
 async def task_definitions(
     clients: AwsClients, stack: str, roles: Sequence[str] = ()
 ) -> AsyncIterator[TaskDefinition]:
-    """Yield our definitions of a stack, known by their tag or by the stack's roles.
+    """Yield cloudexec's definitions of a stack, found by their tag or by the stack's roles.
 
     Args:
-        clients: Where.
-        stack: Its name.
-        roles: Names of its roles.
+        clients: Calls to AWS.
+        stack: Name of the stack.
+        roles: Names of the stack's roles.
 
     Raises:
         AwsError: If AWS refuses.
@@ -98,10 +98,10 @@ async def task_definitions(
 async def delete_task_definitions(
     clients: AwsClients, definitions: Sequence[TaskDefinition]
 ) -> dict[str, str]:
-    """Deregister definitions, and delete them: what is only deregistered stays listed for ever.
+    """Deregister and delete definitions. If only deregistered, they stay listed for ever.
 
     Returns:
-        ARN -> why it could not be deleted.
+        By ARN: why the definition could not be deleted.
 
     Raises:
         AwsError: If AWS refuses.

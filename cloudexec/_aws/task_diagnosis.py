@@ -1,4 +1,4 @@
-"""Why workers on Fargate do not come: what Amazon ECS says, and what to do about it."""
+"""Explains why workers on Fargate do not start, from what Amazon ECS says."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from cloudexec._aws.diagnosis import (
 __all__ = ["cause_of_refused_task", "cause_of_waiting_tasks", "may_pass"]
 
 _MAY_PASS = re.compile(r"(?:RESOURCE|AGENT)\b|.*(?:rate|request limit) exceeded", re.I | re.S)
-"""What failures say that may not come again. Amazon ECS Developer Guide, "API failure reasons"."""
+"""Failures that may be gone at the next try. Amazon ECS Developer Guide, "API failure reasons"."""
 
 
 def may_pass(said: str) -> bool:
-    """Whether what Amazon ECS says of a task that it does not start may not come again.
+    """Return whether a task that Amazon ECS did not start may start at the next try.
 
-    It says so among the failures of RunTask or as an error, which the code of the error does not
-    tell.
+    Amazon ECS gives the reason as a failure of RunTask or in the message of an error. The error's
+    code does not show it.
     """
     return is_over_quota(said) or is_out_of_capacity(said) or _MAY_PASS.match(said) is not None
 
 
 def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
-    """Say what a failure of RunTask means; ``fatal``: the same request always fails.
+    """Explain a failure of RunTask. If it is ``fatal``, the same request would always fail.
 
     Args:
-        reason: What Amazon ECS says.
+        reason: Amazon ECS's reason.
         spot: Whether the task was to run on Fargate Spot.
 
     References:
@@ -46,7 +46,7 @@ def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
         on_demand = "spot=False or spot='prefer', " if spot else ""
         return Cause(
             text=f"AWS has no capacity of this kind: {reason}",
-            remedy=f"{on_demand}another size, more subnets, or waiting: it is tried again",
+            remedy=f"try {on_demand}another size or more subnets, or wait: it is tried again",
             no_room=True,
         )
     if reason.startswith("RESOURCE:ENI"):
@@ -63,13 +63,13 @@ def cause_of_refused_task(reason: str, *, spot: bool) -> Cause:
         )
     return Cause(
         text=f"Amazon ECS does not start the worker: {reason or 'it gives no reason'}",
-        remedy="`cloudexec doctor` looks at the cluster, `cloudexec up --with fargate` repairs it",
+        remedy="`cloudexec doctor` checks the cluster, `cloudexec up --with fargate` repairs it",
         fatal=True,
     )
 
 
 def cause_of_waiting_tasks(situation: Situation) -> Cause | None:
-    """Say why workers that were asked for are not there; ``None``: nothing is known to be wrong."""
+    """Say why requested workers have not dialed back; ``None``: nothing is known to be wrong."""
     waiting = situation.statuses.get("RUNNABLE", 0)
     if waiting and all(end.reclaimed for end in situation.ends):
         if situation.reasons:

@@ -1,4 +1,4 @@
-"""Requests to Amazon ECS as data: what goes into them, and whether AWS will take them."""
+"""Builds requests to Amazon ECS as data, and checks that AWS will accept them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = [
 ]
 
 CONTAINER = "worker"
-"""Name of the container in a task."""
+"""Name of a task's container."""
 LOG_PREFIX = "task"
-"""A log stream is called after this, the container and the task's id."""
+"""First part of a log stream's name. The names of the container and the task follow."""
 DESCRIBE_TASKS = 100
-"""Tasks in one DescribeTasks call. Amazon ECS API Reference."""
+"""Most tasks in one DescribeTasks call. Amazon ECS API Reference."""
 STOP_TIMEOUT = 120
-"""Seconds from SIGTERM to SIGKILL: the most that there is. With less, workers on Fargate Spot would
-not have the two minutes of their notice. Amazon ECS Developer Guide, "Amazon ECS clusters for
+"""Seconds from SIGTERM to SIGKILL, the largest allowed value. With less, workers on Fargate Spot
+would not have the two minutes of their notice. Amazon ECS Developer Guide, "Amazon ECS clusters for
 Fargate"."""
 _SUBNETS_MOST = 16
 _GROUPS_MOST = 5
-"""Amazon ECS API Reference, "AwsVpcConfiguration"."""
+"""Most security groups of a task. Amazon ECS API Reference, "AwsVpcConfiguration"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where tasks run."""
+    """The cluster and the network of tasks."""
 
     cluster: str
     """ARN or name."""
@@ -63,7 +63,7 @@ class Placement:
 
 
 def task_definition_request(spec: DefinitionSpec) -> dict[str, Any]:
-    """Build the RegisterTaskDefinition request; the family's name is a hash of its content.
+    """Build the RegisterTaskDefinition request. The family's name is a hash of its content.
 
     Raises:
         ConfigError: If AWS would refuse it.
@@ -80,8 +80,8 @@ def task_definition_request(spec: DefinitionSpec) -> dict[str, Any]:
         "image": spec.image,
         "essential": True,
         "stopTimeout": STOP_TIMEOUT,
-        # One process in the container takes in what others leave behind, and passes signals on. As
-        # the first process, the worker itself could not be ended by a signal that it ignores.
+        # An init process in the container reaps orphaned processes, and passes signals on. If
+        # the worker were the first process, a signal that it does not handle would not end it.
         "linuxParameters": {"initProcessEnabled": True},
     }
     if spec.key_secret:
@@ -127,15 +127,15 @@ def run_task_request(
     """Build the RunTask request for one worker.
 
     Args:
-        name: Of the worker among all of the account: letters, digits and hyphens, 128 at most.
-        attempt: Which request for this worker it is. One that is made again is the same as before,
-            and Amazon ECS then starts no second task.
+        name: Name of the worker, unique in the account: letters, digits and hyphens, 128 at most.
+        attempt: Number of the request for this worker. If the same request is sent again with the
+            same number, Amazon ECS starts no second task.
         definition: ARN, with its revision.
-        placement: Where it runs.
-        size: Of the worker.
-        spot: Whether it runs on Fargate Spot.
-        environment: Its variables.
-        tags: Of the task.
+        placement: Where the task runs.
+        size: Size of the worker.
+        spot: Whether the worker runs on Fargate Spot.
+        environment: Variables of the worker.
+        tags: Tags of the task.
 
     Raises:
         ConfigError: If AWS would refuse it.
@@ -184,6 +184,6 @@ def run_task_request(
     if spot:
         request["capacityProviderStrategy"] = [{"capacityProvider": "FARGATE_SPOT", "weight": 1}]
     else:
-        # Which the cluster need not be associated with, as it must be with FARGATE_SPOT.
+        # Unlike FARGATE_SPOT, this does not require the capacity provider in the cluster.
         request["launchType"] = "FARGATE"
     return request

@@ -1,7 +1,7 @@
-"""Finding cloudexec's tasks of Amazon ECS, told as AWS Batch tells of jobs.
+"""Finds cloudexec's tasks of Amazon ECS, and describes them as AWS Batch describes jobs.
 
-What lists, prices and stops jobs has one form to read then. A task is a job of one worker: its id
-is the last part of its ARN, its name what it was started by, and its queue its cluster.
+So the code that lists, prices and stops jobs works for both. A task is a job with one worker: its
+id is the last part of the task's ARN, its name is ``startedBy``, and its queue is the cluster.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["TaskSearch", "is_task_id"]
 
 _TASK_ID = re.compile(r"[0-9a-f]{32}")
 _BATCH_CLUSTERS = "AWSBatch-"
-"""How clusters are called that AWS Batch makes for itself."""
+"""Prefix of the clusters that AWS Batch creates for itself."""
 _STARTING = ("PROVISIONING", "PENDING", "ACTIVATING")
 _STOPPED = ("STOPPED", "DELETED")
 
 
 def is_task_id(name: str) -> bool:
-    """Whether a job's id is that of a task."""
+    """Return whether a job's id is that of a task."""
     return _TASK_ID.fullmatch(name) is not None
 
 
@@ -36,10 +36,10 @@ class TaskSearch:
     """Finds tasks.
 
     Args:
-        calls: How AWS is asked.
-        clusters: ARNs or names; ``None``: all of the region but those of AWS Batch, as far as
-            they may be looked at.
-        public_ip: Whether tasks have public addresses, which Amazon ECS does not tell of them.
+        calls: Calls to AWS.
+        clusters: ARNs or names; ``None``: all clusters of the region that AWS lets us look at,
+            except those of AWS Batch.
+        public_ip: Whether tasks have public addresses, which Amazon ECS does not report.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class TaskSearch:
         self._definitions: dict[str, Mapping[str, Any]] = {}
 
     async def jobs(self, name: str = "") -> list[Mapping[str, Any]]:
-        """Return all tasks that Amazon ECS remembers, those that have stopped for about an hour.
+        """Return all tasks that Amazon ECS remembers. It forgets stopped ones after an hour or so.
 
         Args:
-            name: Only those that were started by this; empty: by any executor.
+            name: Only tasks with this ``startedBy``; empty: those of all executors.
         """
         found: list[Mapping[str, Any]] = []
         for cluster in await self._clusters():
@@ -73,7 +73,7 @@ class TaskSearch:
         ]
 
     async def describe(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
-        """Return the tasks with these ids that there are."""
+        """Return the tasks with these ids, if they exist."""
         if not ids:
             return []
         found: list[Mapping[str, Any]] = []
@@ -84,9 +84,9 @@ class TaskSearch:
 
     @contextlib.contextmanager
     def _where_allowed(self) -> Iterator[None]:
-        """Pass over a cluster that may not be looked at, unless it was given by name.
+        """Skip a cluster that AWS forbids to look at, unless it was given by name.
 
-        A region may have clusters of other people, and the policy is for cloudexec's own.
+        A region may have clusters of other people, and our policy only covers cloudexec's own.
         """
         try:
             yield
@@ -103,7 +103,7 @@ class TaskSearch:
         except AwsError as exc:
             if "Denied" not in exc.code:
                 raise
-            return []  # who may not look at Amazon ECS has no tasks there
+            return []  # a user without this permission has no tasks either
         return [each for each in found if _BATCH_CLUSTERS not in each]
 
     async def _describe(self, cluster: str, tasks: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -140,11 +140,11 @@ class TaskSearch:
             except AwsError as exc:
                 if exc.code != "ClientException" and "Denied" not in exc.code:
                     raise
-                self._definitions[arn] = {}  # it was deleted: what it says is not known
+                self._definitions[arn] = {}  # it was deleted, so its contents are not known
         return self._definitions[arn]
 
     def _job(self, task: Mapping[str, Any], definition: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Tell of a task as DescribeJobs tells of a job."""
+        """Describe a task as DescribeJobs describes a job."""
         arn = str(task["taskArn"])
         task_id = arn.rpartition("/")[2]
         own: Mapping[str, Any] = next(iter(task.get("containers", ())), {})
@@ -190,7 +190,7 @@ def _tags(task: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _status(task: Mapping[str, Any], container: Mapping[str, Any]) -> str:
-    """Return the state that a job of AWS Batch would be in."""
+    """Return the state that a job of AWS Batch would have."""
     status = task["lastStatus"]
     if status in _STARTING:
         return "STARTING"

@@ -1,4 +1,4 @@
-"""Teardown: jobs are ended, what CloudFormation leaves is deleted, then the stack itself."""
+"""Teardown: ends jobs, deletes what CloudFormation does not delete, and then the stack itself."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ __all__ = ["Stock", "down", "take_stock"]
 
 _INTERVAL = 2.0
 _JOBS_END_WITHIN = 180.0
-"""Seconds for terminated jobs to end. SIGKILL follows SIGTERM after 30 s: AWS Batch User Guide,
-"Job timeouts"; the rest is AWS's own delay."""
+"""Seconds for terminated jobs to end. SIGKILL follows SIGTERM after 30 s (AWS Batch User Guide,
+"Job timeouts"), and AWS itself takes some time."""
 _CALLS_AT_ONCE = 10
-"""In the order in which jobs pass through them: one that moves on meanwhile is met again."""
+"""Calls at a time that end jobs or tasks."""
 _RUN_JOB = re.compile(rf"{JOB_PREFIX}{RUN_EXECUTOR}(.+)-r[0-9a-f]+")
 _DELETE_BATCH = 1000
-"""Objects in one DeleteObjects call. Amazon S3 API Reference."""
+"""Most objects in one DeleteObjects call. Amazon S3 API Reference."""
 _IMAGE_BATCH = 100
-"""Images in one BatchDeleteImage call. Amazon ECR API Reference."""
+"""Most images in one BatchDeleteImage call. Amazon ECR API Reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stock:
-    """What ``down`` would end or delete for good."""
+    """The jobs that ``down`` would end, and the contents that it would delete for good."""
 
     stack: Stack | None
     jobs: int
-    """Jobs that have not finished, where an array counts once, and tasks and instances without a
-    job."""
+    """Number of jobs that have not ended, where an array counts once, and of tasks and instances
+    without a job."""
     runs: tuple[str, ...]
-    """Names of programs among them that were started with ``cloudexec run``."""
+    """Names of running programs that ``cloudexec run`` has started."""
     objects: int
-    """Objects in the bucket, as far as counted: see ``has_more_objects``."""
+    """Number of objects in the bucket, as far as counted: see ``has_more_objects``."""
     has_more_objects: bool
     images: int
-    """Images in the repository."""
+    """Number of images in the repository."""
     definitions: int
-    """Active revisions of job definitions, and revisions of task definitions. Those of task
-    definitions are left out where Amazon ECS may not be asked."""
+    """Number of active revisions of job definitions, and of revisions of task definitions. Those of
+    task definitions are left out if AWS forbids to list them."""
 
 
 async def take_stock(clients: AwsClients, name: str) -> Stock:
-    """Say what ``down`` would end and delete.
+    """Count the jobs that ``down`` would end, and the contents that it would delete.
 
     Raises:
         AwsError: If AWS refuses, or cannot be reached.
@@ -122,29 +122,29 @@ async def down(
     interval: float = _INTERVAL,
     jobs_end_within: float = _JOBS_END_WITHIN,
 ) -> tuple[Remnant, ...]:
-    """End the stack's jobs, delete all that it holds, the stack and the profile; then look.
+    """End the stack's jobs, delete its contents, the stack and the profile; find remnants.
 
-    May be repeated, also after an interruption; where nothing is, nothing happens.
+    It may be repeated, also after an interruption. If nothing is left, it does nothing.
 
     Args:
         clients: Account and region of the stack.
-        name: Of the profile; the stack is ``cloudexec-NAME``.
-        report: Told of each step.
+        name: Name of the profile. The stack is ``cloudexec-NAME``.
+        report: Called with each step.
         interval: Seconds between two looks.
-        jobs_end_within: Seconds to wait for terminated jobs to end; AWS Batch deletes queues
-            with jobs too, but its Fargate environments may then get stuck.
+        jobs_end_within: Seconds to wait for terminated jobs to end. AWS Batch would delete queues
+            that have jobs, but its Fargate environments may then get stuck.
 
     Returns:
-        What is left: nothing, if all went well.
+        Resources that are left; none, if all went well.
 
     Raises:
         AwsError: If AWS refuses, or cannot be reached.
     """
     stack_of = stack_name(name)
     if (adopted := _adopted_profile(name)) is not None:
-        # The administrator who deployed the stack deletes it.
+        # Only the administrator who deployed the stack deletes it.
         adopted.delete()
-        text = f"profile {name} deleted; its stack, {adopted.stack}, stays: somebody else's"
+        text = f"profile {name} deleted; its stack, {adopted.stack}, stays, as it is not yours"
         report(Noted(text=text))
         return ()
     with stepping(report, "Credentials") as step:
@@ -194,7 +194,7 @@ async def down(
     if stack is None:
         _delete_profile(name, stack_of, clients.region, report)
     with stepping(report, "Looking for what is left") as step:
-        # Whose stack has nothing of Amazon ECS need not be allowed to look there.
+        # If the stack has no cluster, the user may lack the permissions for Amazon ECS.
         doubtful = () if resources.get("AWS::ECS::Cluster") else ("cluster", "task definition")
         remnants = await find_remnants(clients, stack_of, report, doubtful=doubtful)
         step.found = f"{counted(len(remnants), 'thing')}" if remnants else "nothing"
@@ -210,7 +210,7 @@ def _adopted_profile(name: str) -> Profile | None:
 
 
 def _delete_profile(name: str, stack: str, region: str, report: Report) -> None:
-    """Delete the profile, if it is of this stack."""
+    """Delete the profile, if it belongs to this stack."""
     try:
         profile = Profile.load(name)
     except ConfigError:
@@ -221,7 +221,7 @@ def _delete_profile(name: str, stack: str, region: str, report: Report) -> None:
 
 
 async def _resources(clients: AwsClients, stack: Stack | None) -> dict[str, tuple[str, ...]]:
-    """Return physical ids of the stack's resources that exist, by type."""
+    """Return the physical ids of the stack's existing resources, by type."""
     found: dict[str, tuple[str, ...]] = {}
     if stack is None or stack.status == "DELETE_COMPLETE":
         return found
@@ -235,7 +235,7 @@ async def _resources(clients: AwsClients, stack: Stack | None) -> dict[str, tupl
 
 
 async def _active_jobs(clients: AwsClients, queue: str) -> dict[str, str]:
-    """Return names of jobs that have not finished, by their ids; of arrays, the parent's."""
+    """Return the names of jobs that have not ended, by id. An array is one job."""
     found: dict[str, str] = {}
     try:
         for status in ACTIVE:
@@ -254,7 +254,7 @@ async def _disable_queue(clients: AwsClients, queue: str) -> None:
     try:
         await clients.call("batch", "update_job_queue", jobQueue=queue, state="DISABLED")
     except AwsError as exc:
-        # It may be gone, or on its way: a deletion that was interrupted goes on.
+        # An interrupted deletion may have deleted the queue, or may still be deleting it.
         if exc.transient or exc.code != "ClientException":
             raise
 
@@ -262,7 +262,7 @@ async def _disable_queue(clients: AwsClients, queue: str) -> None:
 async def _end_jobs(
     clients: AwsClients, queues: Iterable[str], interval: float, within: float
 ) -> tuple[int, int]:
-    """Terminate jobs until none is active; return how many were, and how many still are."""
+    """Terminate jobs until none is active; return how many there were, and how many are left."""
     gate = asyncio.Semaphore(_CALLS_AT_ONCE)
 
     async def terminate(job: str) -> None:
@@ -285,7 +285,7 @@ async def _end_jobs(
 
 
 async def _active_tasks(clients: AwsClients, cluster: str) -> set[str]:
-    """Return ARNs of tasks that are not told to stop."""
+    """Return the ARNs of tasks that were not told to stop."""
     try:
         return {
             each async for each in clients.pages("ecs", "list_tasks", "taskArns", cluster=cluster)
@@ -299,9 +299,9 @@ async def _active_tasks(clients: AwsClients, cluster: str) -> set[str]:
 async def _end_tasks(
     clients: AwsClients, cluster: str, interval: float, within: float
 ) -> tuple[int, int]:
-    """Stop tasks until none is active; return how many were, and how many still are.
+    """Stop tasks until none is active; return how many there were, and how many are left.
 
-    CloudFormation deletes no cluster that has one.
+    CloudFormation cannot delete a cluster that has tasks.
     """
     gate = asyncio.Semaphore(_CALLS_AT_ONCE)
 
@@ -328,7 +328,7 @@ async def _end_tasks(
 
 
 async def _ending(clients: AwsClients, cluster: str, tasks: Iterable[str]) -> set[str]:
-    """Return those of some tasks that have not stopped yet."""
+    """Return the tasks that have not stopped yet."""
     ordered, found = sorted(tasks), set[str]()
     for at in range(0, len(ordered), DESCRIBE_TASKS):
         some = ordered[at : at + DESCRIBE_TASKS]
@@ -338,8 +338,8 @@ async def _ending(clients: AwsClients, cluster: str, tasks: Iterable[str]) -> se
 
 
 async def _definitions(clients: AwsClients, stack: str, roles: Iterable[str]) -> AsyncIterator[str]:
-    """Yield ARNs of the active job definitions that were registered for the stack: by their tag,
-    or by our name together with the stack's roles."""
+    """Yield the ARNs of the stack's active job definitions, found by their tag, or by our name
+    together with the stack's roles."""
     names = set(roles)
     async for each in clients.pages(
         "batch", "describe_job_definitions", "jobDefinitions", status="ACTIVE"
@@ -358,9 +358,9 @@ async def _definitions(clients: AwsClients, stack: str, roles: Iterable[str]) ->
 async def _task_definitions(
     clients: AwsClients, stack: str, roles: Sequence[str]
 ) -> tuple[list[TaskDefinition], str]:
-    """Return the stack's task definitions, or why they may not be looked for.
+    """Return the stack's task definitions, or why they cannot be listed.
 
-    Stacks from before there were any are also taken down by those who have no rights there.
+    A user without permissions for Amazon ECS must be able to delete a stack that does not use it.
     """
     try:
         return [each async for each in task_definitions(clients, stack, roles)], ""
@@ -373,7 +373,7 @@ async def _task_definitions(
 async def _empty(
     clients: AwsClients, resources: Mapping[str, tuple[str, ...]], report: Report
 ) -> None:
-    """Delete what CloudFormation does not: objects and images."""
+    """Delete the contents that CloudFormation does not delete: objects and images."""
     for bucket in resources.get("AWS::S3::Bucket", ()):
         with stepping(report, f"Bucket {bucket}") as step:
             count = await _empty_bucket(clients, bucket)
@@ -438,7 +438,7 @@ async def _digests(clients: AwsClients, repository: str) -> set[str]:
 
 async def _empty_repository(clients: AwsClients, repository: str) -> int:
     count, before = 0, set[str]()
-    # An index goes before the images that it lists, so more than one pass may be needed.
+    # An index must go before the images that it lists, so more than one pass may be needed.
     while (digests := await _digests(clients, repository)) and digests != before:
         ordered = sorted(digests)
         for start in range(0, len(ordered), _IMAGE_BATCH):
@@ -458,7 +458,7 @@ async def _delete(
     report: Report,
     interval: float,
 ) -> Stack | None:
-    """Delete the stack, a second time if the first fails; return it if it is still there."""
+    """Delete the stack, with a second try if the first fails; return it if it still exists."""
     for is_last in (False, True):
         with stepping(report, f"Deleting the stack {stack.name}") as step:
             seen = await event_ids(clients, stack)
@@ -471,19 +471,19 @@ async def _delete(
         reasons = "; ".join(f"{each.resource}: {each.reason}" for each in failures)
         text = f"the stack could not be deleted: {reasons or done.reason or 'no reason given'}"
         if "depend" in text:
-            # "resource sg-... has a dependent object": a machine of the user's is in the group.
+            # "resource sg-... has a dependent object": a machine of the user is in the group.
             text += (
                 "; something still uses it: take your machines out of the stack's security group"
             )
         report(Noted(text=text if is_last else f"{text}; trying once more"))
         if not is_last:
-            # Somebody may have written into them meanwhile.
+            # Someone may have written objects or images since the first try.
             await _empty(clients, resources, report)
     return done
 
 
 async def _purge_secrets(clients: AwsClients, stack: str, report: Report) -> None:
-    """Delete for good what is only scheduled for deletion."""
+    """Delete secrets for good that are only scheduled for deletion."""
     try:
         async for each in tagged_secrets(clients, stack, planned=True):
             if each.get("DeletedDate"):
@@ -496,5 +496,5 @@ async def _purge_secrets(clients: AwsClients, stack: str, report: Report) -> Non
     except AwsError as exc:
         if exc.transient or exc.expired:
             raise
-        # It goes in some days, and costs nothing until then.
+        # AWS deletes the secret after some days, and charges nothing until then.
         report(Noted(text=f"the key's secret may only be scheduled for deletion: {exc}"))

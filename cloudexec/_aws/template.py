@@ -17,14 +17,14 @@ from cloudexec._aws.names import (
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
 TEMPLATE_VERSION = "6"
-"""Raised when the template changes; ``cloudexec doctor`` compares it with the stack's output."""
+"""Raised when the template changes. ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
-"""Keys of the bucket that tasks may read and write."""
+"""Prefix of the objects that tasks may read and write."""
 LOG_RETENTION_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827)
-"""What CloudWatch Logs offers. CloudWatch Logs API Reference, "PutRetentionPolicy"."""
+"""Values that CloudWatch Logs allows. CloudWatch Logs API Reference, "PutRetentionPolicy"."""
 
 _RELAY_VCPUS = 4
-"""Of all relays at once: each has a quarter of one."""
+"""Most vCPUs of all relays together. Each relay has a quarter of one."""
 _STACK = {"Ref": "AWS::StackName"}
 _BOUNDARY = {
     "PermissionsBoundary": {
@@ -38,10 +38,10 @@ Json = dict[str, Any]
 def template() -> Json:
     """Return the template: parameters, resources and outputs.
 
-    No resource has a name that two stacks of one account and region could share: names begin with
-    the stack's, or are CloudFormation's own, so that a replacement can stand beside what it
-    replaces. The environments have no service role: AWS Batch then uses its service-linked role,
-    which it makes when first needed, and can be updated in place.
+    Two stacks in one account and region never share the name of a resource: a name begins with the
+    stack's, or CloudFormation chooses it, so that a replacement can exist together with the old
+    resource. The environments have no service role, so AWS Batch uses its service-linked role,
+    creates it when needed, and can update the environments in place.
     """
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
@@ -172,7 +172,7 @@ def _network() -> Json:
                 "Tags": _tags(),
             },
         },
-        # By itself, for a group cannot refer to itself.
+        # The rule is a resource of its own, because a group cannot refer to itself.
         "SecurityGroupIngress": {
             "Type": "AWS::EC2::SecurityGroupIngress",
             "Properties": {
@@ -237,8 +237,8 @@ def _storage() -> Json:
             "Properties": {
                 "RepositoryName": _STACK,
                 "ImageScanningConfiguration": {"ScanOnPush": True},
-                # No lifecycle policy: profiles on anybody's machine pin images by their digest,
-                # and nobody here can tell which.
+                # There is no lifecycle policy, because profiles on any machine may refer to an
+                # image by its digest, and the stack does not know them.
                 "Tags": _tags(),
             },
         },
@@ -248,7 +248,7 @@ def _storage() -> Json:
             "UpdateReplacePolicy": "Delete",
             "Properties": {
                 "Description": {"Fn::Sub": "Key by which workers of ${AWS::StackName} are let in"},
-                # 64 hexadecimal digits: what remains of letters and digits.
+                # Only the digits 0-9 and the letters a-f remain: 64 hexadecimal digits.
                 "GenerateSecretString": {
                     "PasswordLength": 64,
                     "ExcludePunctuation": True,
@@ -300,7 +300,7 @@ def _start_policy() -> Json:
     return _policy(
         "start",
         {
-            # There are no resources of this action to name.
+            # AWS does not restrict this action to resources.
             "Effect": "Allow",
             "Action": "ecr:GetAuthorizationToken",
             "Resource": "*",
@@ -328,9 +328,9 @@ def _start_policy() -> Json:
 
 
 def _run_role() -> Json:
-    """Return the role of `cloudexec run`: what a client may do while executors run, on the stack.
+    """Return the role of `cloudexec run`, with the permissions that an executor's client needs.
 
-    It may hand on the roles of workers, and not itself, so that what it starts has less than it.
+    It may pass on the roles of workers, but not itself, so that workers have fewer permissions.
     """
 
     def arns(*names: str) -> list[Json]:
@@ -341,13 +341,13 @@ def _run_role() -> Json:
         return {"Effect": "Allow", "Action": list(actions), "Resource": resource}
 
     def of_stack(statement: Json, *, or_new: bool = False) -> Json:
-        """Allow it on what has the stack's tag, and on what is made by it and has none yet."""
+        """Restrict a statement to the stack's tag; ``or_new`` also allows untagged resources."""
         test = "StringEqualsIfExists" if or_new else "StringEquals"
         tag = {f"aws:ResourceTag/{TAG_STACK}": {"Ref": "AWS::StackName"}}
         return {**statement, "Condition": {test: tag}}
 
     definitions = f"job-definition/{DEFINITION_PREFIX}*"
-    # By their names: the environments are to go before this role, and the queues before those.
+    # Queues are given by name: with references, this role would have to be deleted first.
     kinds = ("fargate", "fargate-spot", "ec2", "ec2-spot")
     queues = ["job-queue/${AWS::StackName}-" + kind for kind in kinds]
     pass_roles = allow(
@@ -381,7 +381,7 @@ def _run_role() -> Json:
                             "s3:ListBucket",
                             "s3:ListBucketMultipartUploads",
                         ),
-                        # A definition has roles, which whoever submits it hands on.
+                        # A submission passes on the definition's roles, so it must be of the stack.
                         of_stack(allow(arns(definitions), "batch:SubmitJob")),
                         allow(arns(*queues, "job/*"), "batch:SubmitJob"),
                         allow(arns(definitions), "batch:RegisterJobDefinition"),
@@ -390,7 +390,7 @@ def _run_role() -> Json:
                         ),
                         of_stack(allow(arns("job/*"), "batch:TerminateJob")),
                         allow(
-                            # There are no resources of these actions to name.
+                            # AWS does not restrict these actions to resources.
                             "*",
                             "batch:DescribeComputeEnvironments",
                             "batch:DescribeJobDefinitions",
@@ -426,7 +426,7 @@ def _fargate() -> Json:
 
 
 def _relays() -> Json:
-    """Return where relays run: apart from workers, into whose group nobody may dial."""
+    """Return the resources of relays, in a group of their own, as nobody may dial workers."""
     return {
         "RelaySecurityGroup": {
             "Type": "AWS::EC2::SecurityGroup",
@@ -502,12 +502,12 @@ def _ec2() -> Json:
 
 
 def _cluster() -> Json:
-    """Return the cluster for tasks without a queue: in the same network, with the same roles."""
+    """Return the cluster for tasks without a queue, with the same network and roles."""
     return {
         "Cluster": {
             "Condition": "Fargate",
             "Type": "AWS::ECS::Cluster",
-            # As of compute environments: it may still run a worker.
+            # The cluster is deleted before these, as it may still run a worker.
             "DependsOn": ["ExecutionRole", "JobRole", "SecurityGroupIngress"],
             "Properties": {
                 "ClusterName": _STACK,
@@ -560,7 +560,7 @@ def _outputs() -> Json:
 def _environment(resources: Json) -> Json:
     return {
         "Type": "AWS::Batch::ComputeEnvironment",
-        # The group's rule and the roles go after the environment: it may still run a worker.
+        # The environment is deleted before these, as it may still run a worker.
         "DependsOn": ["ExecutionRole", "JobRole", "RunRole", "SecurityGroupIngress"],
         "Properties": {
             "Type": "MANAGED",
@@ -586,7 +586,7 @@ def _queue(suffix: str, environment: str) -> Json:
 
 
 def _trust_tasks() -> Json:
-    # Only on behalf of this account can ECS take the role on: against the confused deputy.
+    # ECS can use the role only on behalf of this account, which prevents the confused deputy.
     return _trust("ecs-tasks.amazonaws.com", account_only=True)
 
 
@@ -610,7 +610,7 @@ def _policy(name: str, *statements: Json) -> Json:
 
 
 def _tags(*, anywhere: bool = False) -> list[Json]:
-    """Return the tags of a resource; ``anywhere``: of one that all regions see."""
+    """Return the tags of a resource. ``anywhere`` is for global resources."""
     tags: list[Json] = [{"Key": TAG_STACK, "Value": _STACK}]
     if anywhere:
         tags.append({"Key": TAG_REGION, "Value": {"Ref": "AWS::Region"}})

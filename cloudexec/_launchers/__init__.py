@@ -1,7 +1,7 @@
-"""Launchers: each turns "n more workers" into a request to a platform.
+"""Launchers: each turns the executor's request for more workers into requests to a platform.
 
-``base`` has what an executor asks of a launcher, and ``local`` answers that by itself. All other
-launchers derive from ``platform_launcher``, where a ``fleet`` answers for them. It needs no more of
-a ``platform`` than five requests. ``batch`` is such a launcher, and ``registry`` finds those of
-other packages.
+``base`` defines the methods that an executor calls on a launcher, and ``local`` implements them on
+its own. All other launchers derive from ``platform_launcher``, which passes the calls on to a
+``fleet``. A fleet makes only five kinds of requests to its ``platform``. ``batch`` is such a
+launcher, and ``registry`` finds the launchers of other packages.
 """

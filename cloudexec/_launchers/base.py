@@ -1,4 +1,4 @@
-"""The protocol between the executor and whatever starts its workers."""
+"""The protocol between the executor and the launcher that starts its workers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class LaunchEnd:
     """How a launched worker ended.
 
     Attributes:
-        reason: For people: exit code or signal, the platform's words, the last lines it printed.
-        killed: Whether it was killed from outside.
-        fatal: Whether trying again cannot help.
-        reclaimed: Whether its platform took it back, as with a Spot interruption.
-        out_of_memory: Whether it was killed as a whole for want of memory.
-        relaunched: Whether its platform starts it again, under the same launch.
+        reason: The cause, for people: the exit code or signal, the platform's message, the last
+            lines that the worker printed.
+        killed: Whether another process or the platform killed the worker.
+        fatal: Whether another launch would fail, too.
+        reclaimed: Whether the platform took the worker's machine back, as on a Spot interruption.
+        out_of_memory: Whether the whole worker was killed because it ran out of memory.
+        relaunched: Whether the platform starts the worker again, under the same launch id.
     """
 
     reason: str
@@ -53,8 +54,8 @@ class Survivor:
     """A worker that outlived the process which launched it.
 
     Attributes:
-        size: As in ``LaunchRequest.size``.
-        running: Whether it is there, rather than waits for a place.
+        size: Its size, as in ``LaunchRequest.size``.
+        running: Whether it runs; otherwise it still waits for a place.
     """
 
     size: int
@@ -63,16 +64,17 @@ class Survivor:
 
 @record
 class Contact:
-    """What a worker must know to dial back.
+    """The data with which a worker connects to the client.
 
     Attributes:
         target: ``plain:/path`` of a socket, or a gRPC target: ``unix:/path`` or ``host:port``.
-        executor_id: Which executor.
-        key: Shared secret of the enrolment.
+        executor_id: The executor's id.
+        key: The secret that the client and the worker share for the enrolment.
         certificate_sha256: Fingerprint to pin, in hex; empty for a Unix socket.
-        relay: ``host:port`` of the relay that leads to the target; empty: it is dialed itself.
-        others: Where there are several ways in (``Network.others``), what workers must know to take
-            each of them, in the same order; or why they cannot.
+        relay: ``host:port`` of the relay that leads to the target; empty if workers dial the target
+            directly.
+        others: If launchers have networks of their own (``Network.others``), the contact for each
+            of these, in the same order, or the error because of which there is none.
     """
 
     target: str
@@ -84,7 +86,7 @@ class Contact:
 
     @property
     def hash_seed(self) -> str:
-        """``PYTHONHASHSEED`` of all workers: sets are in the same order in each of them."""
+        """``PYTHONHASHSEED`` of all workers, so that sets have the same order in each of them."""
         return str(zlib.crc32(self.executor_id.encode()))
 
     def __repr__(self) -> str:
@@ -96,9 +98,11 @@ class LaunchRequest:
     """One worker to start.
 
     Attributes:
-        launch_id: Its number, as a string; those of one request count up by one.
-        slots: Tasks that it is to run at once.
-        size: Which of the launcher's sizes, from 0: one of its own, or one that ``size_for`` named.
+        launch_id: The launch's number, as a string. Workers that are requested together have
+            consecutive numbers.
+        slots: Tasks that the worker runs at once.
+        size: The number of the worker's size, from 0: one of the launcher's own sizes, or one that
+            ``size_for`` has returned.
     """
 
     launch_id: str
@@ -110,10 +114,11 @@ class MovingRelay(Protocol):
     """A relay whose address changes when its launcher has to start another one.
 
     Attributes:
-        address: Its ``host:port`` now.
-        url: Where workers read what the address is now.
-        on_move: Is called with the new address.
-        is_used: Whether the executor has started, and taken over the workers that come through it.
+        address: Its present ``host:port``.
+        url: URL from which workers read the present address.
+        on_move: Called with the new address.
+        is_used: Whether the executor has started, and has taken over the workers that connect
+            through the relay.
     """
 
     address: str
@@ -124,17 +129,17 @@ class MovingRelay(Protocol):
 
 @record
 class Network:
-    """Where the executor listens for workers.
+    """The address on which the executor listens for workers, and how workers reach it.
 
     Attributes:
-        listen: ``host:port`` (port 0: any free one); empty: a private Unix socket.
-        advertise: Host, or ``host:port``, that workers dial; empty: the one listened on.
-        key: Secret that workers have already; empty: the executor makes one up.
-        relay: ``host:port`` of a relay that both sides dial, and that knows the same secret; empty:
-            workers dial this process.
-        moving: That relay, if its launcher has started it and may do so again elsewhere.
-        others: The ways in of several launchers, each with its own address, key and relay. Then
-            nothing but ``listen`` counts here, and nothing but that does not count there.
+        listen: ``host:port``, where port 0 means any free port; empty for a private Unix socket.
+        advertise: Host, or ``host:port``, that workers dial; empty for the address of ``listen``.
+        key: The secret that workers have already; empty if the executor is to make one.
+        relay: ``host:port`` of a relay that client and workers dial, and that knows the same
+            secret; empty if workers dial this process.
+        moving: The same relay, if the launcher has started it and may start another one elsewhere.
+        others: One network for each of several launchers, with its own address, key and relay.
+            ``listen`` is then taken from this network alone, and all else from the others alone.
     """
 
     listen: str = ""
@@ -146,7 +151,7 @@ class Network:
 
     @property
     def is_relayed(self) -> bool:
-        """Whether all workers come through a relay, so that none of them dials this process."""
+        """Whether all workers connect through a relay, so that none of them dials this process."""
         return all(each.relay for each in self.others or (self,))
 
     def __repr__(self) -> str:
@@ -155,13 +160,13 @@ class Network:
 
 @record
 class Arrival:
-    """What a worker said of its own start when it dialed back.
+    """What a worker reported of its own start when it connected.
 
     Attributes:
-        job_id: Its platform's name for it.
-        attempt: Which run of the launch this is, from 1.
-        boot: Seconds from the start of its process to its first message.
-        pull: Seconds that its image took to arrive; ``None``: unknown.
+        job_id: The platform's id for the worker.
+        attempt: Number of this run of the worker, from 1.
+        boot: Seconds from the start of the worker's process to its first message.
+        pull: Seconds that the download of the image took; ``None`` if that is unknown.
     """
 
     job_id: str = ""
@@ -172,9 +177,9 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTimes:
-    """Where the time went between asking for a worker and its first result, in seconds.
+    """How long each step took from the request for a worker to its first result, in seconds.
 
-    ``None`` where it has not happened yet or cannot be known.
+    ``None`` means that the step is not over yet, or that its time cannot be known.
     """
 
     launch: str
@@ -182,60 +187,61 @@ class LaunchTimes:
     worker_id: str = ""
     job_id: str = ""
     launcher: str = ""
-    """Which launcher of a ``Fallback`` it is; empty: there is only one."""
+    """Name of the worker's launcher in a ``Fallback``; empty without one."""
     instead_of: str = ""
-    """Which launchers before that one could not start it, and why; empty: there were none."""
+    """Launchers that are preferred to this one and could not start the worker, with the reasons;
+    empty if there are none."""
     api: float | None = None
     """Until the platform had accepted the request."""
     place: float | None = None
-    """Until a place was found and the container was being started."""
+    """From then until a place was found and the container was being started."""
     pull: float | None = None
-    """Fetching the image."""
+    """Download of the image."""
     boot: float | None = None
     """From the start of the process to its first message."""
     dial_in: float | None = None
     """Enrolment."""
     first_task: float | None = None
-    """From then to the first result."""
+    """From the end of the enrolment to the first result."""
     total: float | None = None
-    """All of it."""
+    """All steps that are over, together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What an executor's workers cost, estimated from list prices."""
+    """The cost of an executor's workers, estimated from list prices."""
 
     accrued_usd: float = 0.0
-    """For the time that workers have run."""
+    """Cost of the time that workers have run."""
     committed_usd: float = 0.0
-    """What it takes at least to let those that run or start now come to their end."""
+    """Further cost that cannot be avoided, even if all workers were terminated now."""
     per_hour_usd: float = 0.0
-    """At the rate of the workers that run now."""
+    """Cost per hour of the workers that run now."""
     note: str = ""
-    """What the estimate rests on."""
+    """Source and assumptions of the estimate, as text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherCounts:
-    """What one launcher of a ``Fallback`` has done."""
+    """The number of workers that one launcher of a ``Fallback`` has started, and their cost."""
 
     launcher: str
-    """Its name."""
+    """Name of the launcher."""
     launched: int = 0
     """Workers that were requested from it."""
     connected: int = 0
-    """Those of them that have connected."""
+    """Workers of these that have connected."""
     active: int = 0
-    """Those of them that have not ended."""
+    """Workers of these that have not ended."""
     passed_on: int = 0
-    """Those that it could not start, and that were requested from another launcher then."""
+    """Workers that it could not start, and that were then requested from another launcher."""
     cost_usd: float = 0.0
-    """What its workers have cost, in USD, estimated from list prices."""
+    """Cost of its workers so far, in USD, estimated from list prices."""
     why: str = ""
-    """Why it could not start workers the last time; empty: it has not failed, or workers have
-    connected after the time in which others were preferred."""
+    """Why it could not start workers the last time. Empty if it has not failed, or if it has been
+    tried again since and its workers have connected."""
     is_passed_over: bool = False
-    """Whether new workers are requested from other launchers now, for that reason."""
+    """Whether new workers are now requested from other launchers, for the reason in ``why``."""
 
     def in_words(self) -> str:
         """Return the numbers that are not zero, and the first line of the reason."""
@@ -258,59 +264,65 @@ class LauncherCounts:
 class Launcher(Protocol):
     """Starts and stops workers. All methods are called on the executor's loop thread.
 
-    Derive from it: what a launcher does not need has a default.
+    A launcher derives from this class, and overrides the methods whose defaults do not fit.
     """
 
     launch_timeout: float = 60.0
-    """Seconds in which a worker must have dialed back, unless the executor was told."""
+    """Seconds within which a worker must connect, unless the executor has this setting."""
     reconnect_grace: float = 30.0
-    """Seconds for which a worker whose connection was cut is waited for, unless the executor was
-    told."""
+    """Seconds in which a worker whose connection was cut may reconnect, unless the executor has
+    this setting."""
     linger: float = 0.0
-    """Seconds to wait for more workers to be asked for, so that one request serves them all."""
+    """Seconds that the executor waits for more launches, so that one request serves them all."""
     last_words: float = 0.1
     """Seconds, after a worker's connection was lost, in which ``on_end`` may say why."""
     ends_are_seen: bool = True
-    """Whether ``on_end`` is called for every launch, soon: the executor waits for that."""
+    """Whether ``on_end`` is called soon after the end of every worker. The executor waits for these
+    calls when it closes."""
     modules: bool | Sequence[str] = True
-    """Where workers are on other machines: whether the user's own modules, those that are imported
-    and not installed, are sent along; or the top-level names of those that are."""
+    """Whether the user's own modules, which are imported but not installed, are sent to workers on
+    other machines; or the top-level names of the modules that are sent."""
     size_count: int = 1
-    """Sizes of worker that it can start; a task lost to memory goes to the next one."""
+    """Number of worker sizes that it has. A task that ran out of memory goes to the next size."""
     own_processes: bool = False
-    """Whether all workers are processes of this machine that it starts itself, so that a plain
-    socket will do in place of gRPC."""
+    """Whether all workers are processes of this machine that it starts itself, so that they can use
+    a plain socket in place of gRPC."""
     one_machine: bool = False
-    """Whether all workers are on one machine, and share what ``capacity(0)`` says."""
+    """Whether all workers are on one machine, and share the resources of ``capacity(0)``."""
 
     def slots_per_worker(self, max_workers: int) -> int:
-        """Say how many slots one worker has, of ``max_workers`` in all."""
+        """Return how many of the ``max_workers`` slots one worker has."""
         return 1
 
     def capacity(self, size: int) -> WorkerCapacity | None:
-        """Say what a worker of a size has: one of its own, or one that ``size_for`` named.
+        """Return the resources of a worker.
 
-        ``None``: that is not known, and tasks cannot ask for processors, memory or GPUs.
+        Args:
+            size: One of the launcher's own sizes, or one that ``size_for`` has returned.
+
+        Returns:
+            The resources. ``None`` means that they are not known, so that tasks cannot ask for
+            processors, memory or GPUs.
         """
         return None
 
     def most_slots(self, size: int) -> int:
-        """Say how many tasks a worker of a size may run at once, however small they are."""
+        """Return how many tasks a worker of a size may run at once, however small they are."""
         return 256
 
     def size_for(self, cpus: float, memory: int, gpus: int) -> int:
-        """Find the size of worker for a task; called in any thread, whenever a view is made.
+        """Find the worker size for a task. ``with_options`` calls this, in any thread.
 
         Args:
-            cpus: Processors that it needs.
-            memory: Bytes that it needs.
-            gpus: GPUs that it needs.
+            cpus: Processors that the task needs.
+            memory: Bytes that the task needs.
+            gpus: GPUs that the task needs.
 
         Returns:
-            A number for ``LaunchRequest.size``: that of the smallest size that will do.
+            The number of the smallest size that is large enough, for ``LaunchRequest.size``.
 
         Raises:
-            ConfigError: If there is none; it names the nearest.
+            ConfigError: If no size is large enough; the message names the nearest one.
         """
         raise ConfigError(
             f"tasks cannot ask for cpus, memory or gpus here: {self.describe()} has workers of one "
@@ -318,7 +330,7 @@ class Launcher(Protocol):
         )
 
     def size_name(self, size: int) -> str:
-        """Say in a few words what a worker of a size has."""
+        """Describe the resources of a worker of a size in a few words."""
         capacity = self.capacity(size)
         if capacity is None:
             return "the usual size" if not size else f"size {size}"
@@ -330,59 +342,63 @@ class Launcher(Protocol):
         return name
 
     def more_memory(self, size: int) -> str:
-        """Say which settings give a worker of a size more memory; empty: nobody knows."""
+        """Return the settings that give a worker of a size more memory; empty if not known."""
         return ""
 
     def needs_network(self) -> bool:
-        """Say whether workers are elsewhere, so that a Unix socket will not do."""
+        """Return whether workers are on other machines, which cannot use a Unix socket."""
         return False
 
     async def start(
         self, executor_id: str, listen: str, advertise: str, launch_timeout: float
     ) -> Network:
-        """Prepare; called once, before anything else. If it raises, ``close`` is not called.
+        """Prepare to launch workers. Called once; if it raises, ``close`` is not called.
 
         Args:
-            executor_id: Whose launcher this now is.
-            listen: What the user wants to be listened on, or an empty string.
-            advertise: What the user wants workers to dial, or an empty string.
-            launch_timeout: Seconds in which a worker has to dial back.
+            executor_id: Id of the executor that uses this launcher from now on.
+            listen: The address on which the user wants the executor to listen; empty if not given.
+            advertise: The address that the user wants workers to dial; empty if not given.
+            launch_timeout: Seconds within which a worker must connect.
+
+        Returns:
+            The address on which the executor must listen.
 
         Raises:
-            CloudexecError: If nothing could be launched.
+            CloudexecError: If this launcher could not launch any worker.
         """
         if not listen and self.needs_network():
             listen = "127.0.0.1:0"
         return Network(listen, advertise)
 
     def give_way(self, elsewhere: Callable[[Sequence[str]], int], patience: float | None) -> None:
-        """Take note that workers could be started elsewhere, before ``start``.
+        """Record, before ``start``, that other launchers could start this launcher's workers.
 
-        Workers that wait in vain for a place are then to be ended by the launcher itself, which
-        calls their ``on_end`` with the reason.
+        The launcher must then end workers that have waited too long for a place, and call their
+        ``on_end`` with the reason.
 
         Args:
-            elsewhere: Says how many of these launches could be started elsewhere now.
-            patience: Seconds after which a worker without a place waits in vain; ``None``: as long
-                as the platform usually takes.
+            elsewhere: Takes launch ids, and returns how many of these workers other launchers
+                could start now.
+            patience: Seconds that a worker may wait for a place; ``None`` for as long as a place
+                usually takes on the platform.
         """
         return
 
     def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
-        """Do what can be done for the first worker before the executor can be reached.
+        """Prepare the first worker before the executor accepts connections.
 
-        Called by the thread whose task is the first, before anything else; ``stand_down`` follows
-        if the executor could not start.
+        The thread that submits the first task calls this before all other methods. If the executor
+        cannot start, it calls ``stand_down``.
 
         Args:
-            slots: That the worker will have; 0: perhaps none is needed.
-            preload: The names of modules that its tasks are to find imported, or what looks up
-                which they will probably import.
+            slots: Slots that the worker will have; 0 if perhaps no worker is needed.
+            preload: Names of modules that the worker is to import before its first task, or a
+                function that looks up which modules the tasks will probably import.
         """
         return
 
     def stand_down(self) -> None:
-        """Undo what ``begin`` did, as far as no worker has come of it; any thread may ask."""
+        """Undo ``begin``, except for workers that were launched since. Any thread may call this."""
         return
 
     def launch(
@@ -396,14 +412,14 @@ class Launcher(Protocol):
         ``on_end`` is called with the launch id when a worker has ended, or could not be started.
 
         Raises:
-            CloudexecError: If none of them can be started.
+            CloudexecError: If none of the workers can be started.
         """
 
     def terminate(self, launch_ids: Sequence[str]) -> None:
-        """Stop workers at once, those of one decision together; some may have ended."""
+        """Stop workers at once. Some of them may have ended already."""
 
     def key_of(self, launch_id: str) -> bytes | None:
-        """Return the key that this launch has; ``None``: the executor's."""
+        """Return the key of a launch; ``None`` if it has the executor's key."""
         return None
 
     def launch_of(self, first: str, worker_id: str) -> str:
@@ -419,95 +435,95 @@ class Launcher(Protocol):
         return first
 
     def connected(self, launch_id: str, arrival: Arrival) -> None:
-        """A worker has dialed back."""
+        """Record that a worker has connected."""
         return
 
     def refused(self, launch_id: str, reason: str) -> LaunchEnd:
-        """A worker has dialed back and does not fit; the end of its process follows.
+        """Record that the executor has refused a worker, whose process will now end.
 
         Returns:
-            What the executor is to make of that.
+            The end of the launch, as the executor must treat it.
         """
         return LaunchEnd(reason, fatal=True)
 
     def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
-        """A worker's session ended.
+        """Record that a worker's session has ended.
 
         Args:
-            launch_id: Which.
-            orderly: It was told to, and had nothing left to do: it ends by itself.
-            reclaimed: It was its platform that told it to.
+            launch_id: The worker's launch.
+            orderly: Whether the worker was told to end, and has no task left; it exits by itself.
+            reclaimed: Whether the platform told it to end.
         """
         return
 
     def bucket(self) -> tuple[str, str]:
-        """Say through which S3 bucket large objects may go, and its region; empty: through none.
+        """Return the S3 bucket for large objects, and its region; empty strings if there is none.
 
-        Asked once, after ``start``.
+        Called once, after ``start``.
         """
         return "", ""
 
     def times(self, launch_id: str) -> LaunchTimes | None:
-        """Say what is known of how a launch went."""
+        """Return the known times of a launch."""
         return None
 
     def pid_of(self, executor_id: str, launch_id: str) -> int:
-        """Return the process of a launch, where this process has started it; 0: it has not."""
+        """Return the pid of a worker that is a child of this process; 0 if it is none."""
         return 0
 
     def clean_up(self, launch_id: str, slot_groups: list[int]) -> None:
-        """End what is left of a worker's process groups, if they are on this machine."""
+        """Kill what is left of a worker's process groups, if they are on this machine."""
         return
 
     def explain(self) -> str:
-        """Say why workers that were asked for are not there; empty: nothing is known."""
+        """Return why launched workers have not connected; empty if no reason is known."""
         return ""
 
     def cost(self) -> Cost:
-        """Say what the workers have cost, and will at least."""
+        """Return the cost of the workers so far, and the further cost that is unavoidable."""
         return Cost()
 
     def counts(self) -> Sequence[LauncherCounts]:
-        """Say what each of several launchers has done; empty: there is only one."""
+        """Return the counts of each launcher of a ``Fallback``; empty for any other launcher."""
         return ()
 
     def least_usd(self, requests: Sequence[LaunchRequest]) -> Iterable[float]:
-        """Say what each of these workers would cost at least, were they launched now."""
+        """Return the least that each of these workers would cost if it were launched now."""
         return [0.0] * len(requests)
 
     def fingerprint(self) -> str:
-        """Return what tells its workers from those of another one: image, place, variables..."""
+        """Return a text that differs if workers would differ: by image, place, variables."""
         return self.describe()
 
     def hand_over(self) -> dict[str, Any]:
-        """Return what a later process needs to know of what was launched here, as JSON has it.
+        """Return, as JSON data, what a later process needs to take over the workers.
 
-        Called whenever that may have changed.
+        Called whenever the data may have changed.
         """
         return {}
 
     async def take_over(
         self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
     ) -> Mapping[str, Survivor]:
-        """Take over what an earlier process of the same executor launched, which was killed.
+        """Take over the workers of an earlier process of the same executor, which was killed.
 
-        Called after ``start``, before anything is launched.
+        Called after ``start``, before the first ``launch``.
 
         Args:
-            left: What its ``hand_over`` returned at last.
-            on_end: As of ``launch``.
+            left: The data that ``hand_over`` returned last in the earlier process.
+            on_end: Called when one of these workers has ended, as in ``launch``.
 
         Returns:
-            By launch id, the workers that are there or may come.
+            By launch id, the workers that run or may still start.
         """
         return {}
 
     async def close(self) -> None:
-        """End whatever still runs, and let go of everything; called once, at the end."""
+        """End all workers that still run, and release all resources. Called once, at the end."""
         return
 
     def describe(self) -> str:
-        """Say in a few words what this launches."""
+        """Describe in a few words the workers that this launcher starts."""
         return type(self).__name__
 
 

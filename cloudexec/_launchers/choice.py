@@ -1,4 +1,4 @@
-"""Which launcher of several starts a worker: the first one that can, and has not just failed."""
+"""Chooses the launcher for a worker: the first one that has room and has not just failed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cloudexec._launchers.base import (
 __all__ = ["Candidate", "Choice", "Launched", "causes_of"]
 
 _STRIKES = 3
-"""How often in a row workers may be killed or taken back before they connect: now and then, that
-happens anywhere."""
+"""Workers in a row that are killed or reclaimed before they connect, after which other launchers
+are preferred. Fewer are no reason, as this happens now and then on any platform."""
 _ON_THEIR_WAY = 5.0
-"""Seconds in which the executor requests a worker again that was passed on, if it is needed."""
+"""Seconds in which the executor replaces a worker that was passed on, if it still needs one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,12 +33,12 @@ class Launched:
 
     Attributes:
         candidate: The launcher.
-        request: As the executor made it.
-        asked_at: When, on the monotonic clock.
-        instead_of: Which launchers were passed over for it, and why.
+        request: The executor's request.
+        asked_at: Time of the request, on the monotonic clock.
+        instead_of: Names of the launchers that were passed over for it, and the reasons.
         connected: Whether it has connected.
         late: Whether it has not connected in time.
-        unwanted: Whether the executor has had it terminated.
+        unwanted: Whether the executor has refused it or had it terminated.
     """
 
     candidate: Candidate
@@ -52,26 +52,26 @@ class Launched:
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """One launcher, and what is known of it.
+    """One launcher, with its state in this executor.
 
     Attributes:
         launcher: The launcher.
-        name: What people call it.
-        limit: How many workers it may have at a time; ``None``: any number.
-        network: What its ``start`` returned; ``None``: it was not started.
-        contact: What its workers must know to dial back; ``None``: what those of all others do.
+        name: Its display name.
+        limit: Largest number of workers that it may have at a time; ``None`` for no limit.
+        network: The network that its ``start`` has returned; ``None`` if it was not started.
+        contact: The contact for its workers; ``None`` for the executor's usual one.
         usable: Whether workers can be requested from it at all.
-        why: Why it could not start workers the last time; empty: it has not failed, or a worker
-            has connected after others had been preferred for a while.
-        fatal: Whether trying again cannot help.
-        barred_until: Until when, on the monotonic clock, others are preferred.
-        strikes: How often in a row workers were killed or taken back before they connected.
-        struck_at: When that was the last time.
+        why: Why it could not start workers the last time. Empty if it has not failed, or if it has
+            been tried again since and a worker has connected.
+        fatal: Whether another launch would fail, too.
+        barred_until: Time until which other launchers are preferred, on the monotonic clock.
+        strikes: Workers in a row that were killed or reclaimed before they connected.
+        struck_at: Time of the last strike, on the monotonic clock.
         active: By launch id, its workers that have not ended.
-        launched: Workers that were requested from it.
-        connected: Those of them that have connected.
-        passed_on: Those of them that were requested from another launcher then.
-        sizes: Which of its sizes the executor's sizes are, as far as that was asked.
+        launched: Number of workers that were requested from it.
+        connected: Number of these that have connected.
+        passed_on: Number of these that it could not start, so that another launcher is tried.
+        sizes: Its size for each of the executor's sizes that was looked up; ``None`` for no size.
     """
 
     launcher: Launcher
@@ -92,7 +92,7 @@ class Candidate:
     sizes: dict[int, int | None] = field(default_factory=dict)
 
     def reset(self) -> None:
-        """Forget what was known: another executor uses it."""
+        """Forget the state, as another executor uses the launcher now."""
         self.network = self.contact = None
         self.usable = False
         self.why, self.fatal = "", False
@@ -101,7 +101,7 @@ class Candidate:
         self.active = {}
 
     def counts(self, now: float) -> LauncherCounts:
-        """Say what it has done."""
+        """Return the counts of its workers, and their cost."""
         return LauncherCounts(
             launcher=self.name,
             launched=self.launched,
@@ -117,8 +117,8 @@ class Candidate:
 class Choice:
     """The launchers of one executor in the order in which they are preferred.
 
-    The executor's sizes of worker are those of the leading launcher. They are found again among
-    those of the others, by what a worker has. Sizes may be asked for in any thread.
+    The executor's worker sizes are those of the leading launcher. For each of these, another
+    launcher uses its smallest size that is large enough. Any thread may ask for sizes.
 
     Args:
         candidates: The launchers.
@@ -128,26 +128,26 @@ class Choice:
     def __init__(self, candidates: Sequence[Candidate], return_after: float) -> None:
         self.candidates = candidates
         self.lead = next(
-            # What this machine has is no size of worker.
+            # Launchers on this machine have no worker sizes, so another one leads if there is one.
             (each for each in candidates if not each.launcher.one_machine),
             candidates[0],
         )
-        # If all workers are on this machine, the executor itself sees to what each task has of it.
+        # If all workers are on this machine, the executor itself divides its resources among tasks.
         self._shares_machine = not self.lead.launcher.one_machine
         self._return_after = return_after
         self._sizing = threading.Lock()
         self._made: list[WorkerCapacity] = []
-        self._passed_on: list[float] = []  # when, of workers that were not requested again yet
+        self._passed_on: list[float] = []  # times, for workers that were not requested again yet
 
     # Sizes.
 
     def capacity(self, size: int) -> WorkerCapacity | None:
-        """Say what a worker of a size has; ``None``: it is not known."""
+        """Return the resources of a worker of a size; ``None`` if they are not known."""
         own = self.lead.launcher.size_count
         return self.lead.launcher.capacity(size) if size < own else self._made[size - own]
 
     def size_of(self, capacity: WorkerCapacity) -> int:
-        """Return the number of a size, which is a new one if there is none yet that has so much."""
+        """Return the number of the size with these resources, which is new if there was none."""
         with self._sizing:
             own = self.lead.launcher.size_count
             for size in range(own):
@@ -161,7 +161,7 @@ class Choice:
         """Find the smallest size for a task, of the leading launcher or else of another one.
 
         Raises:
-            ConfigError: If no launcher has one; it says why for each.
+            ConfigError: If no launcher has a size; the message has the reason of each.
         """
         others = [each for each in self.candidates if each is not self.lead]
         reasons = []
@@ -178,7 +178,7 @@ class Choice:
         raise ConfigError("no launcher has such a worker: " + "; ".join(reasons))
 
     def size_at(self, candidate: Candidate, size: int) -> int | None:
-        """Return which size of a launcher has what a size of the executor has; ``None``: none."""
+        """Return a launcher's size for a size of the executor; ``None`` if it has none."""
         if size not in candidate.sizes:
             candidate.sizes[size] = self._find_size(candidate, size)
         return candidate.sizes[size]
@@ -189,16 +189,16 @@ class Choice:
             return size
         wanted = self.capacity(size)
         if wanted is None or launcher.capacity(0) is None:
-            return None if size else 0  # plain tasks run on what there is
+            return None if size else 0  # tasks that ask for nothing run on any worker
         if launcher.one_machine and wanted.gpus:
-            return None  # which of its GPUs are in use is not known
+            return None  # it is not known which GPUs of the machine are in use
         try:
             return launcher.size_for(wanted.cpus, wanted.memory, wanted.gpus)
         except ConfigError:
             return None
 
     def size_from(self, candidate: Candidate, size: int) -> int:
-        """Return which size of the executor a size of a launcher is."""
+        """Return the executor's size for a launcher's size."""
         for known in range(self.lead.launcher.size_count):
             if self.size_at(candidate, known) == size:
                 return known
@@ -210,7 +210,7 @@ class Choice:
     def room(
         self, candidate: Candidate, request: LaunchRequest, planned: Sequence[LaunchRequest] = ()
     ) -> int:
-        """Return how many more workers like this one a launcher may have beside planned ones."""
+        """Return how many more workers like ``request`` a launcher may start after planned ones."""
         if not candidate.usable or self.size_at(candidate, request.size) is None:
             return 0
         room = 1 << 30
@@ -234,13 +234,13 @@ class Choice:
     def plan(
         self, requests: Sequence[LaunchRequest], now: float
     ) -> list[tuple[Candidate | None, list[LaunchRequest]]]:
-        """Say which launcher is to start which workers. This changes nothing.
+        """Choose a launcher for each worker, without any change of state.
 
-        Launchers that have failed a short while ago have what the others have no room for.
+        Launchers that have just failed get only workers for which the others have no room.
 
         Returns:
-            The launchers with their workers, which have one size and the same slots, in the order
-            of these; ``None`` for those that no launcher has room for.
+            Pairs of a launcher and its workers, which have one size and the same slots, in the
+            order of ``requests``. The launcher is ``None`` if no launcher has room.
         """
         plan: list[tuple[Candidate | None, list[LaunchRequest]]] = []
         planned: dict[int, list[LaunchRequest]] = {}
@@ -259,21 +259,21 @@ class Choice:
         return plan
 
     def forgive(self, requests: Sequence[LaunchRequest], now: float) -> None:
-        """If all launchers that have such workers have failed, have them all tried once more.
+        """Try all launchers again if all that have this size of worker have just failed.
 
         Args:
-            requests: Workers of one size that are going to be launched.
+            requests: Workers of one size that are about to be launched.
             now: The time, on the monotonic clock.
         """
         able = self._able(requests)
         if all(now < each.barred_until for each in able):
             for each in able:
-                # Those without room are not tried now.
+                # Launchers without room cannot be tried now, so they stay barred.
                 if self.room(each, requests[0]):
                     each.barred_until = now
 
     def _able(self, requests: Sequence[LaunchRequest]) -> list[Candidate]:
-        """Return the launchers that have such workers, with room for more or without."""
+        """Return the launchers that have this size of worker, even if they have no room."""
         return [
             each
             for each in self.candidates
@@ -281,7 +281,7 @@ class Choice:
         ]
 
     def elsewhere(self, workers: Sequence[Launched], now: float) -> int:
-        """Return how many workers of one launcher could be started by others now."""
+        """Return how many workers of one launcher the other launchers could start now."""
         if not workers:
             return 0
         request, mine = workers[0].request, workers[0].candidate
@@ -290,31 +290,32 @@ class Choice:
         return max(0, min(len(workers), room - on_their_way))
 
     def note_requests(self, count: int) -> None:
-        """Note that workers were requested, perhaps instead of those that were passed on."""
+        """Record a request for workers, which may replace workers that were passed on."""
         del self._passed_on[:count]
 
     def others(self, candidate: Candidate, now: float) -> list[Candidate]:
-        """Return the launchers other than this one that have not just failed."""
+        """Return the other launchers that have not just failed."""
         return [
             each for each in self.candidates if each is not candidate and now >= each.barred_until
         ]
 
-    # What has happened.
+    # Ends and connections.
 
     def ended(self, worker: Launched, end: LaunchEnd, now: float) -> tuple[LaunchEnd, str]:
-        """Judge that a worker has ended, or could not be started, before it connected.
+        """Record that a worker has ended, or could not be started, before it connected.
 
         Args:
             worker: The worker.
-            end: What its launcher says.
+            end: The end that its launcher has reported.
             now: The time, on the monotonic clock.
 
         Returns:
-            What the executor is to be told, and what the user: empty if that is nothing new.
+            The end to report to the executor, and a warning for the user, which is empty if it
+            would repeat an earlier one.
         """
         candidate = worker.candidate
         if end.killed or end.reclaimed:
-            # Those that were asked for before another one was killed may all have one cause.
+            # Workers that were requested before the last strike may have ended for its cause.
             if worker.asked_at >= candidate.struck_at:
                 candidate.strikes += 1
                 candidate.struck_at = now
@@ -326,7 +327,7 @@ class Choice:
         )
         if following is None:
             fatal = all(each.fatal for each in self._able([worker.request]))
-            # What was killed or taken back says little about settings.
+            # A killed or reclaimed worker says little about the settings of its launcher.
             reason = self.causes() or end.reason
             return LaunchEnd(reason, killed=end.killed, reclaimed=end.reclaimed, fatal=fatal), ""
         candidate.passed_on += 1
@@ -339,14 +340,14 @@ class Choice:
         return LaunchEnd(text, reclaimed=True), news if said else ""
 
     def bar(self, candidate: Candidate, why: str, now: float, *, fatal: bool = False) -> bool:
-        """Prefer other launchers for a while; return whether they were not preferred before."""
+        """Prefer other launchers for a while; return whether this one was not barred before."""
         is_new = now >= candidate.barred_until
         candidate.why, candidate.fatal = why, fatal
         candidate.barred_until = now + self._return_after
         return is_new
 
     def note_connected(self, worker: Launched, now: float) -> None:
-        """Note that a worker has connected, so that its launcher's earlier failures are over."""
+        """Record that a worker has connected, which ends its launcher's strikes."""
         candidate = worker.candidate
         if not worker.connected:
             worker.connected = True
@@ -356,7 +357,7 @@ class Choice:
             candidate.why, candidate.fatal = "", False
 
     def why_not(self, request: LaunchRequest, size_name: str) -> LaunchEnd:
-        """Say why no launcher can start a worker, which has what ``size_name`` says."""
+        """Return why no launcher can start a worker of the size that is called ``size_name``."""
         if self._able([request]):
             return LaunchEnd("each launcher has as many workers as it may have")
         causes = self.causes()
@@ -367,15 +368,15 @@ class Choice:
         )
 
     def passed_over(self, candidate: Candidate, now: float) -> str:
-        """Say which launchers are preferred to this one, and why they are not used now."""
+        """Return which launchers are preferred to this one, and why they are not used now."""
         before = self.candidates[: self.candidates.index(candidate)]
         return causes_of(c for c in before if not c.usable or now < c.barred_until)
 
     def causes(self) -> str:
-        """Say of each launcher why it could not start workers the last time."""
+        """Return why each launcher that has failed could not start workers the last time."""
         return causes_of(self.candidates)
 
 
 def causes_of(candidates: Iterable[Candidate]) -> str:
-    """Say of each launcher that has failed why it could not start workers the last time."""
+    """Return why each of these launchers that has failed could not start workers the last time."""
     return "; ".join(f"{each.name}: {each.why}" for each in candidates if each.why)

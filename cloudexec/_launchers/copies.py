@@ -1,4 +1,4 @@
-"""Starts workers as copies of this process, where that is safe: see ``worker/copied.py``."""
+"""Starts workers as forked copies of this process, if that is safe: see ``worker/copied.py``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from cloudexec.worker import copied
 __all__ = ["Copy", "Template", "why_not"]
 
 _MOST_MEMORY = 1 << 30
-"""Bytes of this process that a copy may hold on to, after this process has let go of them."""
+"""Largest memory of this process, in bytes, with which it is copied. A copy keeps the memory in use
+that this process frees later."""
 _ANSWER_SECONDS = 5.0
 _LOOK, _LOOKS = 0.0005, 40
-"""Seconds between two looks whether a thread of ours has ended, and how many."""
+"""Seconds between two checks whether an earlier executor's thread has ended, and their number."""
 _MOST_FILES = 200
-"""Files open here: a copy has each of them open, too, and needs some for itself."""
+"""Largest number of open files with which this process is copied. A copy has the same files open,
+and needs further ones."""
 _UNSAFE = {"gevent": "gevent", "eventlet": "eventlet", "mpi4py.MPI": "MPI"}
-"""What has threads, or something like them, that the system does not show."""
+"""Modules with threads, or the like, that the operating system does not show; and their names."""
 
 
 def why_not() -> str:
-    """Say why no copy of this process can be made; empty: it can.
+    """Return why a copy of this process would not be safe; empty if it is safe.
 
-    A fork copies one thread. What others hold, a lock for instance, is held for ever in the copy.
+    A fork copies one thread. If another thread holds a lock, it is never released in the copy.
     """
     if not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"):
         return "this is not Linux"
@@ -72,7 +74,7 @@ def _own_memory() -> int:
 
 
 def _has_own_extensions() -> bool:
-    """Whether there are compiled modules that would have to be loaded a second time."""
+    """Return whether the user's own modules are compiled, as a copy must import these anew."""
     from cloudexec._modules import own_modules
 
     files = (getattr(sys.modules.get(name), "__file__", None) for name in own_modules())
@@ -80,11 +82,11 @@ def _has_own_extensions() -> bool:
 
 
 def _has_other_threads() -> bool:
-    """Whether there are threads that are still there when this process forks.
+    """Return whether other threads would still run when this process forks.
 
-    OpenBLAS, which numpy uses, ends its own before each fork.
+    OpenBLAS, which numpy uses, ends its own threads before each fork.
     """
-    ending = "cloudexec._server.portal" in sys.modules  # that of an executor before this one
+    ending = "cloudexec._server.portal" in sys.modules  # an earlier executor's thread may be ending
     for _ in range(_LOOKS if ending else 1):
         if count_threads() == 1:
             return False
@@ -99,10 +101,10 @@ def _has_other_threads() -> bool:
 
 
 class Template:
-    """The process that forks workers, itself a fork of this one.
+    """The process that forks workers, itself a fork of this process.
 
     Raises:
-        OSError: If there can be none.
+        OSError: If the process cannot be started.
     """
 
     def __init__(self) -> None:
@@ -127,10 +129,10 @@ class Template:
         """Start a worker.
 
         Args:
-            told: What ``copied`` is to know of it.
+            told: The worker's data for ``copied.serve_template``.
 
         Raises:
-            OSError: If that is not possible.
+            OSError: If the worker cannot be started.
         """
         stdin_read, stdin_write = os.pipe()
         stderr_read, stderr_write = os.pipe()
@@ -159,28 +161,28 @@ class Template:
         return kind, pid, status
 
     def status_of(self, pid: int) -> int:
-        """Return the wait status of a worker's process that has ended."""
+        """Wait until a worker's process has ended, and return its wait status."""
         with self._lock:
             try:
                 while pid not in self._ended:
                     self._receive()
             except OSError:
-                return signal.SIGKILL  # the template has ended, and nobody knows it
+                return signal.SIGKILL  # the template has ended, so the real status is lost
             return self._ended.pop(pid)
 
     def close(self) -> None:
-        """End the template; workers go on."""
+        """End the template process. Its workers go on."""
         self._connection.close()
         try:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
         except OSError:
-            pass  # the program has waited for it, or ignores SIGCHLD
+            pass  # user code has waited for the process already, or ignores SIGCHLD
         templates.discard(self._pid)
 
 
 class Copy:
-    """A worker's process; what this has is as in ``subprocess.Popen``."""
+    """A worker's process, with the attributes and methods of ``subprocess.Popen`` that we use."""
 
     def __init__(self, template: Template, pid: int, stdin: int, stderr: int) -> None:
         self.pid = pid
@@ -192,13 +194,13 @@ class Copy:
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            pass  # it has ended
+            pass  # the process has ended
         self._poll = select.poll()
         if self._pidfd >= 0:
             self._poll.register(self._pidfd, select.POLLIN)
 
     def poll(self) -> int | None:
-        """Return the exit code, negative if a signal ended it; ``None``: it runs."""
+        """Return the exit code, negative if a signal ended the process; ``None`` if it runs."""
         if self.returncode is None and (self._pidfd < 0 or self._poll.poll(0)):
             status = self._template.status_of(self.pid)
             self.returncode = os.waitstatus_to_exitcode(status)
@@ -219,7 +221,7 @@ class Copy:
         self.send_signal(signal.SIGKILL)
 
     def wait(self) -> int:
-        """Wait for the end."""
+        """Wait until the process has ended, and return its exit code."""
         while (code := self.poll()) is None:
             self._poll.poll()
         return code

@@ -1,4 +1,4 @@
-"""Ending jobs: tried for a while, and said loudly where it fails."""
+"""Ends jobs: requests are repeated for some seconds, and an error is logged if they fail."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _logger = Log()
 T = TypeVar("T")
 
 PATIENCE = 20.0
-"""Seconds for which a platform is asked to end something."""
+"""Seconds for which a request to end jobs is repeated."""
 
 
 def may_pass(exc: BaseException) -> bool:
-    """Say whether it is worth while to make a request again that ended like this."""
+    """Return whether a failed request may succeed if it is made again."""
     return isinstance(exc, PlatformError) and exc.may_pass
 
 
 async def insist(
     request: Callable[[], Coroutine[object, object, T]], patience: float | None = None
 ) -> T:
-    """Make a request, and try again for a while what a platform cannot answer now.
+    """Make a request, and repeat it for a while if the platform cannot answer now.
 
     Args:
-        request: Makes it.
-        patience: Seconds after which no further try begins; ``None``: ``PATIENCE``.
+        request: Makes the request.
+        patience: Seconds after which no further try begins; ``None`` means ``PATIENCE``.
 
     Raises:
-        PlatformError: If it will not, or not in time.
+        PlatformError: If the platform refuses, or does not answer in time.
     """
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(may_pass),
@@ -55,18 +55,18 @@ class Terminator:
     """Ends workers.
 
     Args:
-        platform: What runs them.
+        platform: The platform that runs the workers.
     """
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
 
     async def end_jobs(self, jobs: Sequence[Job], why: str) -> None:
-        """End jobs with all their workers; what cannot be ended is said loudly."""
+        """End jobs with all their workers; log an error for jobs that cannot be ended."""
         await self._end([(job, list(job.members.values())) for job in jobs], why)
 
     async def end_members(self, job: Job, members: Sequence[Member], why: str) -> None:
-        """End some workers of a job that goes on."""
+        """End some workers of a job whose other workers go on."""
         await self._end([(job, members)], why)
 
     async def _end(self, doomed: Sequence[tuple[Job, Sequence[Member]]], why: str) -> None:
@@ -76,7 +76,7 @@ class Terminator:
                 await insist(
                     lambda: self._platform.terminate(targets, f"cloudexec: {why}"), PATIENCE
                 )
-        except Exception as exc:  # of a launcher that others have written, too
+        except Exception as exc:  # third-party launchers may raise any exception
             ids = [
                 job.id if target.workers is None else job.worker_id(member)
                 for (job, members), target in zip(doomed, targets, strict=True)
@@ -84,8 +84,8 @@ class Terminator:
             ]
             hint = self._platform.stop_hint
             _logger.error(
-                "jobs could not be terminated (%s): %s. %sworkers that find nobody end by "
-                "themselves",
+                "jobs could not be terminated (%s): %s. %sworkers that cannot reach this program "
+                "end by themselves",
                 ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else ""),
                 str(exc) or f"{self._platform.name} does not answer",
                 f"{hint}; " if hint else "",

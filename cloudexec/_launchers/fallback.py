@@ -1,8 +1,9 @@
-"""A launcher of launchers: what one of them cannot start, the next one does.
+"""A launcher of launchers: workers that one launcher cannot start are started by the next one.
 
-Each worker has one launcher. If that one cannot start it, the executor is told that the launch has
-come to nothing, without blaming it, and asks for another worker, which is the next launcher's. So a
-worker that arrives late, after it was given up, is refused like every other such worker.
+Each worker belongs to one launcher. If this launcher cannot start it, the executor is told that the
+launch has ended, in a way that does not count as a failure, and requests another worker, which the
+next launcher starts. So a worker that connects after it was given up is refused, as without a
+``Fallback``.
 """
 
 from __future__ import annotations
@@ -40,40 +41,42 @@ __all__ = ["Fallback"]
 _logger = Log()
 _RETURN_AFTER = 600.0
 _END_PATIENCE = 5.0
-"""Seconds that workers which this process has started itself have to end at the close."""
+"""Seconds at the close in which workers may end by themselves, and again after their end was
+requested."""
 _ALMOST = 0.98
-"""Of ``launch_timeout``, after which a worker has not connected in time: before the executor itself
-gives it up, and blames it."""
+"""Share of ``launch_timeout`` after which a worker is given up here. It is less than 1, as the
+executor would otherwise give the worker up itself, and count that as a failure."""
 _LINGERS = 10
-"""How often ``linger`` may pass between the executor's decision and the launch of a worker."""
+"""Number of pauses of ``linger`` that may lie between the executor's decision and the launch."""
 
 
 class Fallback(Launcher):
-    """Starts workers with the first of several launchers that can.
+    """Starts each worker with the first of several launchers that can start it.
 
-    If a launcher has no capacity, has reached a limit or refuses, or if it does not answer, the
-    next one starts these workers, within seconds where the platform says so, and after
-    ``patience`` where it says nothing. For ``return_after`` seconds, new workers come from the
-    others. Then the first launcher is tried again. Workers that run are left where they are.
+    If a launcher has no capacity, has reached a limit, refuses or does not answer, the next
+    launcher starts its workers. This takes seconds if the platform reports the problem, and
+    ``patience`` if it does not. For ``return_after`` seconds, new workers come from the other
+    launchers. Then the first launcher is tried again. Workers that run are not moved.
 
-    Workers have the sizes of the first launcher. The others start the smallest workers that have
-    as much, and are passed over where they have none. ``Local()`` has no more workers than fit on
-    this machine, and none with GPUs. A launcher is left out if its start fails, or lasts longer
-    than ``launch_timeout`` while another one is ready.
+    Workers have the sizes of the first launcher. The other launchers start the smallest workers
+    with the same resources or more, and are passed over if they have none. ``Local()`` starts only
+    workers that fit on this machine together, and none with GPUs. A launcher is left out if its
+    start fails, or takes longer than ``launch_timeout`` while another launcher is ready.
 
     Args:
         launchers: The launchers, in the order in which they are preferred; or a mapping from
-            names for people to launchers. Each serves one executor at a time.
-        limits: How many workers each of them may have at a time, in the same order; ``None`` for
-            no limit. Tasks fail with ``LaunchError`` if they need workers of another size than
-            those that use up all limits.
+            display names to launchers. Each serves one executor at a time.
+        limits: Largest number of workers that each launcher may have at a time, in the same order;
+            ``None`` for no limit. Tasks fail with ``LaunchError`` if workers of another size than
+            they need use up all limits.
         patience: Seconds after which a worker without a place is started by the next launcher;
-            ``None`` for what is usual on its platform, such as 60 on Fargate.
+            ``None`` for the usual time on its platform, such as 60 seconds on Fargate.
         return_after: Seconds after a failure in which other launchers are preferred.
 
     Raises:
-        ConfigError: If there is no launcher, one is there twice, or a setting is out of its range.
-        TypeError: If something is no launcher.
+        ConfigError: If there is no launcher, a launcher is given twice, or a setting is out of its
+            range.
+        TypeError: If one of ``launchers`` is no launcher.
     """
 
     def __init__(
@@ -90,11 +93,11 @@ class Fallback(Launcher):
         launchers = tuple(launchers)
         for each in launchers:
             if isinstance(each, type) or not hasattr(each, "slots_per_worker"):
-                raise TypeError(f"launchers must be some such as Local() or Batch(), not {each!r}")
+                raise TypeError(f"launchers must be objects like Local() or Batch(), not {each!r}")
             if isinstance(each, Fallback):
-                raise ConfigError("a Fallback has no Fallback among its launchers: name them all")
+                raise ConfigError("launchers must not have a Fallback: name its launchers instead")
         if len({id(each) for each in launchers}) < len(launchers):
-            raise ConfigError("a launcher serves one purpose at a time: one of them is there twice")
+            raise ConfigError("launchers must not name the same object twice: make a second one")
         if not launchers:
             raise ConfigError("launchers must name at least one launcher")
         limits = [None] * len(launchers) if limits is None else list(limits)
@@ -112,7 +115,7 @@ class Fallback(Launcher):
         self.limits = tuple(limits)
         self.patience = patience
         self.return_after = return_after
-        # Of settings that hold for all workers, those with which every launcher can work.
+        # Settings that hold for all workers get the value with which every launcher can work.
         self.launch_timeout = max(each.launch_timeout for each in launchers)
         self.reconnect_grace = max(each.reconnect_grace for each in launchers)
         self.linger = max(each.linger for each in launchers)
@@ -140,19 +143,19 @@ class Fallback(Launcher):
 
     @property
     def size_count(self) -> int:  # type: ignore[override]
-        """How many sizes the leading launcher has."""
+        """Number of sizes that the leading launcher has."""
         return self._choice.lead.launcher.size_count
 
     def slots_per_worker(self, max_workers: int) -> int:
-        """Say how many slots one worker has."""
+        """Return how many slots one worker has."""
         return self._choice.lead.launcher.slots_per_worker(max_workers)
 
     def capacity(self, size: int) -> WorkerCapacity | None:
-        """Say what a worker of a size has."""
+        """Return the resources of a worker of a size; ``None`` if they are not known."""
         return self._choice.capacity(size)
 
     def most_slots(self, size: int) -> int:
-        """Say how many tasks a worker of a size may run at once."""
+        """Return how many tasks a worker of a size may run at once."""
         return min(
             each.launcher.most_slots(found)
             for each in self._candidates
@@ -163,12 +166,12 @@ class Fallback(Launcher):
         """Find the smallest size for a task, of the first launcher that has one.
 
         Raises:
-            ConfigError: If there is none; it says why for each launcher.
+            ConfigError: If no launcher has a size; the message has the reason of each.
         """
         return self._choice.size_for(cpus, memory, gpus)
 
     def more_memory(self, size: int) -> str:
-        """Say which settings give a worker of a size more memory."""
+        """Return the settings that give a worker of a size more memory; empty if not known."""
         lead = self._choice.lead
         found = self._choice.size_at(lead, size)
         return "" if found is None else lead.launcher.more_memory(found)
@@ -176,13 +179,13 @@ class Fallback(Launcher):
     # The start.
 
     def needs_network(self) -> bool:
-        """Say whether workers of some launcher are elsewhere."""
+        """Return whether the workers of any launcher are on other machines."""
         return any(each.needs_network() for each in self.launchers)
 
     async def start(
         self, executor_id: str, listen: str, advertise: str, launch_timeout: float
     ) -> Network:
-        """Start all launchers, at the same time; those whose start fails are left out.
+        """Start all launchers at the same time; those whose start fails are left out.
 
         Raises:
             LaunchError: If none can be started, or if another executor uses this launcher.
@@ -217,17 +220,17 @@ class Fallback(Launcher):
                 await self.close()
 
     def _elsewhere(self, launch_ids: Sequence[str]) -> int:
-        """Return how many workers of one launcher could be started by another one now."""
+        """Return how many of these workers of one launcher another launcher could start now."""
         workers = [self._workers[each] for each in launch_ids if each in self._workers]
         return 0 if self._closing else self._choice.elsewhere(workers, time.monotonic())
 
     def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
-        """Do what the launchers can do for the first worker before the executor is reached."""
+        """Let the launchers prepare the first worker before the executor accepts connections."""
         for index, each in enumerate(self.launchers):
             each.begin(0 if index else slots, preload)
 
     def stand_down(self) -> None:
-        """Undo what ``begin`` did."""
+        """Undo ``begin``, except for workers that were launched since."""
         for each in self.launchers:
             each.stand_down()
 
@@ -239,7 +242,7 @@ class Fallback(Launcher):
         requests: Sequence[LaunchRequest],
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
-        """Start workers, each with the first launcher that can and has not just failed."""
+        """Start each worker with the first launcher that has room and has not just failed."""
         self._on_end = on_end
         self._take_ways(contact)
         now = time.monotonic()
@@ -253,7 +256,7 @@ class Fallback(Launcher):
                 on_end(each.launch_id, self._choice.why_not(each, self.size_name(each.size)))
 
     def _take_ways(self, contact: Contact) -> None:
-        """Note by which way workers of each launcher can connect, once that is known."""
+        """Record the contacts for the launchers' workers, which are known from the first launch."""
         ways, self._ways = self._ways, []
         for each, way in zip(ways, contact.others, strict=False):
             if isinstance(way, Contact):
@@ -272,7 +275,7 @@ class Fallback(Launcher):
         self._watch()
         try:
             candidate.launcher.launch(contact, self._sized(candidate, requests), self._ended)
-        except Exception as exc:  # of a launcher that others have written, too
+        except Exception as exc:  # third-party launchers may raise any exception
             if not isinstance(exc, CloudexecError):
                 _logger.exception("internal error while %s started workers", candidate.name)
             end = LaunchEnd(str(exc) or type(exc).__name__, fatal=not may_pass(exc))
@@ -282,13 +285,13 @@ class Fallback(Launcher):
     def _sized(
         self, candidate: Candidate, requests: Sequence[LaunchRequest]
     ) -> list[LaunchRequest]:
-        """Return requests with the numbers that a launcher has for their sizes."""
+        """Return the requests with the launcher's own number for their size."""
         size = self._choice.size_at(candidate, requests[0].size)
         assert size is not None, "the plan has only launchers with this size"
         return [replace(each, size=size) for each in requests]
 
     def _ended(self, launch_id: str, end: LaunchEnd) -> None:
-        """A worker has ended, or could not be started."""
+        """Record that a worker has ended, or could not be started, and tell the executor."""
         worker = self._workers[launch_id]
         if not end.relaunched:
             worker.candidate.active.pop(launch_id, None)
@@ -297,7 +300,7 @@ class Fallback(Launcher):
         self._on_end(launch_id, end)
 
     def _judge(self, worker: Launched, end: LaunchEnd) -> LaunchEnd:
-        """Return what the executor is to be told of a worker's end, and warn of what is new."""
+        """Return the end to report to the executor, and warn the user of a new problem."""
         if worker.connected or worker.unwanted or self._closing:
             return end
         end, news = self._choice.ended(worker, end, time.monotonic())
@@ -306,14 +309,14 @@ class Fallback(Launcher):
         return end
 
     def refused(self, launch_id: str, reason: str) -> LaunchEnd:
-        """Judge that a worker does not fit: those of the next launcher may."""
+        """Record that the executor has refused a worker; one of the next launcher may fit."""
         worker = self._workers[launch_id]
         end = self._judge(worker, LaunchEnd(reason, fatal=True))
-        worker.unwanted = True  # the end of its process, which comes later, says nothing more
+        worker.unwanted = True  # so that the later end of its process is not judged, too
         return end
 
     def _watch(self) -> None:
-        """Look again when the first of the workers must have connected."""
+        """Set the timer for the time at which the first of the workers must have connected."""
         if self._alarm is not None:
             return
         awaited = [worker.asked_at for worker in self._awaited()]
@@ -326,9 +329,9 @@ class Fallback(Launcher):
         return [each for each in workers if not (each.connected or each.late or each.unwanted)]
 
     def _give_up_late(self) -> None:
-        """Give up workers that have not connected in time, if others may be started elsewhere.
+        """Give up workers that have not connected in time, if another launcher can start some.
 
-        Where there is no other launcher, the executor itself gives them up soon.
+        If none can, the executor itself gives the workers up soon.
         """
         self._alarm = None
         since = time.monotonic() - self._connect_within
@@ -341,7 +344,7 @@ class Fallback(Launcher):
                 if told.reclaimed:
                     given_up.append(worker.request.launch_id)
                     self._on_end(worker.request.launch_id, told)
-        # After the executor was told, which would count it as a failure that they were killed.
+        # This comes last, as the executor would count workers as failed that end by a kill.
         self.terminate(given_up)
         self._watch()
 
@@ -358,7 +361,7 @@ class Fallback(Launcher):
             candidate.launcher.terminate(some)
 
     def key_of(self, launch_id: str) -> bytes | None:
-        """Return the key of a worker: its own, or that of its launcher."""
+        """Return the key of a worker: its own, or its launcher's; ``None`` for the executor's."""
         worker = self._workers.get(launch_id)
         if worker is None:
             return None
@@ -372,29 +375,29 @@ class Fallback(Launcher):
         return first if worker is None else worker.candidate.launcher.launch_of(first, worker_id)
 
     def connected(self, launch_id: str, arrival: Arrival) -> None:
-        """A worker has dialed back."""
+        """Record that a worker has connected."""
         worker = self._workers[launch_id]
         self._choice.note_connected(worker, time.monotonic())
         worker.candidate.launcher.connected(launch_id, arrival)
 
     def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
-        """A worker's session ended."""
+        """Record that a worker's session has ended."""
         launcher = self._workers[launch_id].candidate.launcher
         launcher.disconnected(launch_id, orderly=orderly, reclaimed=reclaimed)
 
     def pid_of(self, executor_id: str, launch_id: str) -> int:
-        """Return the process of a launch, where this process has started it; 0: it has not."""
+        """Return the pid of a worker that is a child of this process; 0 if it is none."""
         worker = self._workers.get(launch_id)
         return 0 if worker is None else worker.candidate.launcher.pid_of(executor_id, launch_id)
 
     def clean_up(self, launch_id: str, slot_groups: list[int]) -> None:
-        """End what is left of a worker's process groups, if they are on this machine."""
+        """Kill what is left of a worker's process groups, if they are on this machine."""
         self._workers[launch_id].candidate.launcher.clean_up(launch_id, slot_groups)
 
-    # What is known.
+    # Reports.
 
     def bucket(self) -> tuple[str, str]:
-        """Name the first launcher's bucket, if all that start workers elsewhere have one."""
+        """Return the first launcher's bucket, if all with workers on other machines have one."""
         found = [
             each.launcher.bucket()
             for each in self._candidates
@@ -403,7 +406,7 @@ class Fallback(Launcher):
         return found[0] if found and all(name for name, _ in found) else ("", "")
 
     def times(self, launch_id: str) -> LaunchTimes | None:
-        """Say what is known of how a launch went, and which launcher it is of."""
+        """Return the known times of a launch, and the name of its launcher."""
         worker = self._workers.get(launch_id)
         if worker is None:
             return None
@@ -411,7 +414,7 @@ class Fallback(Launcher):
         return replace(found, launcher=worker.candidate.name, instead_of=worker.instead_of)
 
     def explain(self) -> str:
-        """Say of each launcher why its workers are not there."""
+        """Return for each launcher why its workers have not connected."""
         now, parts = time.monotonic(), []
         for each in self._candidates:
             is_out = not each.usable or now < each.barred_until
@@ -421,12 +424,12 @@ class Fallback(Launcher):
         return "; ".join(parts)
 
     def counts(self) -> Sequence[LauncherCounts]:
-        """Say what each launcher has done."""
+        """Return the counts of each launcher."""
         now = time.monotonic()
         return [each.counts(now) for each in self._candidates]
 
     def cost(self) -> Cost:
-        """Estimate what the workers of all launchers have cost, and will at least."""
+        """Return the sums of the costs of all launchers."""
         costs = [each.launcher.cost() for each in self._candidates if each.network is not None]
         return Cost(
             accrued_usd=sum(each.accrued_usd for each in costs),
@@ -436,9 +439,9 @@ class Fallback(Launcher):
         )
 
     def least_usd(self, requests: Sequence[LaunchRequest]) -> Iterable[float]:
-        """Say what each of these workers would cost at least, by the launcher that it would have.
+        """Return the least that each of these workers would cost with the launcher it would have.
 
-        Workers for which there is no launcher cost nothing.
+        A worker for which there is no launcher costs nothing.
         """
         for candidate, some in self._choice.plan(requests, time.monotonic()):
             if candidate is None:
@@ -447,13 +450,13 @@ class Fallback(Launcher):
                 yield from candidate.launcher.least_usd(self._sized(candidate, some))
 
     def fingerprint(self) -> str:
-        """Return what tells its workers from those of another one."""
+        """Return a text that differs if the workers of any launcher would differ."""
         return repr([each.fingerprint() for each in self.launchers])
 
     # From one process to the next, and the end.
 
     def hand_over(self) -> dict[str, Any]:
-        """Return what a later process needs to know of the workers of each launcher."""
+        """Return, as JSON data, what a later process needs to take over the workers."""
         return {
             "launchers": [
                 {} if each.network is None else each.launcher.hand_over()
@@ -464,7 +467,7 @@ class Fallback(Launcher):
     async def take_over(
         self, left: dict[str, Any], on_end: Callable[[str, LaunchEnd], None]
     ) -> Mapping[str, Survivor]:
-        """Take over the workers of each launcher; one that cannot be asked is left out."""
+        """Take over the workers of each launcher; a launcher for which this fails is left out."""
         self._on_end = on_end
         survivors: dict[str, Survivor] = {}
         for candidate, mine in zip(self._candidates, left.get("launchers", ()), strict=False):
@@ -472,14 +475,14 @@ class Fallback(Launcher):
                 continue
             if not candidate.usable:
                 _logger.warning(
-                    "workers that an earlier process has started with %s are not taken over; they "
-                    "end by themselves",
+                    "workers that an earlier process has started with %s cannot be taken over; "
+                    "they end by themselves when they find no client",
                     candidate.name,
                 )
                 continue
             try:
                 found = await candidate.launcher.take_over(mine, self._ended)
-            except Exception as exc:  # of a launcher that others have written, too
+            except Exception as exc:  # third-party launchers may raise any exception
                 if not isinstance(exc, CloudexecError):
                     _logger.exception("internal error while %s took over workers", candidate.name)
                 why = str(exc) or type(exc).__name__
@@ -499,7 +502,7 @@ class Fallback(Launcher):
         return survivors
 
     async def close(self) -> None:
-        """End whatever still runs, of all launchers."""
+        """End all workers of all launchers that still run."""
         self._closing = True
         if self._alarm is not None:
             self._alarm.cancel()
@@ -514,8 +517,8 @@ class Fallback(Launcher):
 
     async def _close(self, candidate: Candidate) -> None:
         if candidate.launcher.ends_are_seen:
-            # The executor does not wait for those that were given up, nor for any if it does not
-            # hear of all ends.
+            # The executor does not wait for workers that were given up. If one launcher does not
+            # see the ends of its workers, the executor waits for none.
             await self._see_end(candidate)
             candidate.launcher.terminate(list(candidate.active))
             await self._see_end(candidate)
@@ -529,7 +532,7 @@ class Fallback(Launcher):
                     await self._one_ended.wait()
 
     def describe(self) -> str:
-        """Say in a few words what this launches."""
+        """Describe in a few words the workers that this launcher starts."""
         return ", or else ".join(each.name for each in self._candidates)
 
     def __repr__(self) -> str:
@@ -537,7 +540,7 @@ class Fallback(Launcher):
 
 
 def _names(launchers: Sequence[Launcher]) -> list[str]:
-    """Return a name for each launcher, with a number where several describe themselves alike."""
+    """Return a name for each launcher, with a number if several have the same description."""
     described = [each.describe() for each in launchers]
     counts, seen = Counter(described), Counter[str]()
     names = []
@@ -548,7 +551,7 @@ def _names(launchers: Sequence[Launcher]) -> list[str]:
 
 
 def _all_modules(launchers: Sequence[Launcher]) -> bool | Sequence[str]:
-    """Return which modules are sent to workers: those that any of the launchers wants."""
+    """Return the modules that are sent to workers: all that any of the launchers sends."""
     wanted = [each.modules for each in launchers if each.needs_network()]
     names: dict[str, None] = {}
     for each in wanted:

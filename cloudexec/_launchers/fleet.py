@@ -1,8 +1,8 @@
-"""A fleet: the jobs of one executor on any platform, from submission to the last one's end.
+"""A fleet: the jobs of one executor on any platform, from submission to the end of the last one.
 
-Everything runs on the executor's loop thread. ``launch`` starts a task that submits, and one more
-task watches. The parts are ``submission`` and ``watching``, which use ``ending`` and ``spot``, and
-all of them use the ``ledger``.
+All code runs on the executor's loop thread. ``launch`` starts an asyncio task for each job, which
+submits it, and one more asyncio task watches all jobs. The fleet consists of ``submission`` and
+``watching``, which use ``ending`` and ``spot``. All of them use the ``ledger``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ __all__ = ["Fleet", "Settings", "job_sizes"]
 _logger = Log()
 
 _TAKE_OVER_PATIENCE = 60.0
-"""Seconds for which a platform is asked for an earlier process's workers, which wait meanwhile."""
+"""Seconds for which requests for the status of an earlier process's workers are repeated. These
+workers wait for a client during that time."""
 
 
 def job_sizes(workers: int, most: int | None) -> list[int]:
@@ -41,17 +42,17 @@ def job_sizes(workers: int, most: int | None) -> list[int]:
 
     Args:
         workers: Workers to launch, zero or more.
-        most: How many one job may have; ``None``: any number.
+        most: Largest number of workers in one job; ``None`` for no limit.
 
     Returns:
-        The workers of each job, in order, summing to ``workers``.
+        The number of workers in each job, in order, summing to ``workers``.
     """
     full, rest = divmod(workers, most or max(workers, 1))
     return [most or workers] * full + ([rest] if rest else [])
 
 
 class Settings(Protocol):
-    """What a fleet must know of its launcher's settings."""
+    """The settings of a launcher that a fleet uses."""
 
     @property
     def spot(self) -> bool | str:
@@ -59,26 +60,26 @@ class Settings(Protocol):
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Variables that every worker has."""
+        """Environment variables of every worker."""
 
     def capacity(self, size: int) -> WorkerCapacity | None:
-        """Say what a worker of a size has."""
+        """Return the resources of a worker of a size; ``None`` if they are not known."""
 
     def size_for(self, cpus: float, memory: int, gpus: int) -> int:
-        """Find the size of worker that has so much."""
+        """Find the smallest size with these resources."""
 
     def size_name(self, size: int) -> str:
-        """Say in a few words what a worker of a size has."""
+        """Describe the resources of a worker of a size in a few words."""
 
 
 class Fleet:
-    """See the module. One serves one executor.
+    """The jobs of one executor; see the module.
 
     Args:
-        settings: What workers to run.
-        site: Where.
-        executor: Whose.
-        elsewhere: Where workers can be started that find no place here; ``None``: nowhere.
+        settings: The launcher's settings.
+        site: The platform, and how workers reach the executor.
+        executor: The executor.
+        elsewhere: Other launchers for workers that find no place here; ``None`` if there are none.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Fleet:
 
     @property
     def closed(self) -> bool:
-        """Whether it serves its executor no more."""
+        """Whether ``close`` has been called."""
         return self._submitter.closing.is_set()
 
     # Launching.
@@ -140,7 +141,7 @@ class Fleet:
             task = self._spawn(self._submit(job, self._request(job, contact, some[0].slots)))
             self._submitting[task] = job
             if self._elsewhere is not None:
-                self._watch()  # the platform may not take it
+                self._watch()  # another launcher starts the workers if this takes too long
                 self._watcher.look_soon()
             task.add_done_callback(lambda done: self._submitting.pop(done, None))
         rate = len(requests) * price.per_hour
@@ -161,7 +162,7 @@ class Fleet:
             "CLOUDEXEC_LAUNCH": str(job.first),
             "CLOUDEXEC_SLOTS": str(slots),
             "CLOUDEXEC_CERTIFICATE_SHA256": contact.certificate_sha256,
-            # No client waits for a worker that starts after that, unless it is taken over.
+            # No client waits for a worker that starts later, unless a process has taken it over.
             "CLOUDEXEC_AWAITED_UNTIL": str(int(time.time() + self._launch_timeout)),
         }
         if (moving := self.site.moving) is not None:
@@ -186,7 +187,7 @@ class Fleet:
 
     async def _submit(self, job: Job, request: JobRequest) -> None:
         await self._submitter.submit(job, request)
-        # Those that were given up while the platform had not answered yet.
+        # These workers were given up before the platform had answered.
         doomed = [member for member in job.members.values() if member.ended and not member.gone]
         if job.id and doomed and not job.over:
             await self._terminator.end_members(job, doomed, "it is not needed any more")
@@ -205,11 +206,11 @@ class Fleet:
         return task
 
     def _token(self, job: Job) -> bytes:
-        """The key of one job's workers: who reads it can pose as one of these, and of no others."""
+        """Return the key of a job's workers, which does not authenticate workers of other jobs."""
         return hmac.new(self._secret, f"launch {job.first}".encode(), hashlib.sha256).digest()
 
     def key_of(self, launch_id: str) -> bytes | None:
-        """Return the key of a worker, if it is not that of the site."""
+        """Return the key of a worker; ``None`` if it has the key of the site."""
         if self.site.key:
             return None
         job = self.ledger.job_of(launch_id)
@@ -218,11 +219,11 @@ class Fleet:
     # Workers come and go.
 
     def connected(self, launch_id: str, arrival: Arrival) -> None:
-        """A worker has dialed back."""
+        """Record that a worker has connected."""
         self.ledger.connected(launch_id, arrival)
 
     def disconnected(self, launch_id: str, *, orderly: bool) -> None:
-        """A worker's session ended; it ends by itself if that was ``orderly``."""
+        """Record that a worker's session has ended, and look for the cause if it is not known."""
         if self.ledger.disconnected(launch_id, orderly=orderly):
             self._watcher.look_soon()
 
@@ -232,7 +233,7 @@ class Fleet:
         return self._platform.price(size, spot) or WorkerPrice(per_second=0.0)
 
     def cost(self) -> Cost:
-        """Say what the workers have cost, and will at least, and what they need besides."""
+        """Return the cost of the workers and of the platform's other parts, such as a relay."""
         workers = self.ledger.cost(self._price(0, self._spot.is_on))
         besides = self._platform.overhead()
         return Cost(
@@ -243,14 +244,14 @@ class Fleet:
         )
 
     def least_usd(self, requests: Sequence[LaunchRequest]) -> list[float]:
-        """Say what each of these workers would cost at least, were they launched now."""
+        """Return the least that each of these workers would cost if it were launched now."""
         prices = [self._price(request.size, self._spot.is_on) for request in requests]
         return [self.ledger.least_of(price) for price in prices]
 
-    # From one process to the next.
+    # The take-over by a later process.
 
     def hand_over(self) -> dict[str, Any]:
-        """Return what a later process needs to know of the jobs."""
+        """Return, as JSON data, what a later process needs to take over the jobs."""
         jobs = []
         for job in self.ledger.jobs:
             if not job.over:
@@ -271,7 +272,8 @@ class Fleet:
             return {}
         self._secret = bytes.fromhex(left["secret"])
         self.ledger.inherited_usd = float(left["cost_usd"])
-        # Who ended while nobody was there to see it is no failure of this process's.
+        # Ends of workers that are learnt from the survey are not reported to the executor: they
+        # happened before this process began, and would count as its failures.
         jobs = [load(each, self._size_of, self._price, lambda *_: None) for each in left["jobs"]]
         for job in jobs:
             if not job.id:
@@ -285,19 +287,19 @@ class Fleet:
             known = await insist(look, _TAKE_OVER_PATIENCE)
         alive: dict[str, Survivor] = {}
         for job in jobs:
-            # Not before the platform has told: close() ends what is in here, also when this start
-            # fails.
+            # Jobs are added only after the platform has answered. If this start fails before that,
+            # close() must not end them, as the next process may take them over.
             self.ledger.add(job)
             status = known.get(job.first)
             for launch_id, member in job.members.items():
                 if status is None:
-                    # It never got there, or is forgotten; and what it cost in the end, with it.
+                    # The platform never had the job or has forgotten it, so its cost is unknown.
                     member.ended = member.gone = True
                     member.began = None
                 elif not member.ended:
                     member.on_end = on_end
                     worker = status.workers.get(member.index)
-                    # What a platform tells may lag behind a worker that has connected already.
+                    # The platform's status may be older than the connection of the worker.
                     running = member.began is not None or (
                         worker is not None and worker.phase is Phase.RUNNING
                     )
@@ -315,11 +317,11 @@ class Fleet:
     # The end.
 
     def terminate(self, launch_ids: Sequence[str], end: LaunchEnd | None = None) -> None:
-        """Have workers ended.
+        """Terminate workers, and report their ends.
 
         Args:
-            launch_ids: Which; those that have ended are left alone.
-            end: How they are said to have ended; ``None``: that they were terminated.
+            launch_ids: The workers' launches; workers that have ended are ignored.
+            end: The end to report; ``None`` for one which says that they were terminated.
         """
         if end is None:
             end = LaunchEnd("it was terminated", killed=True)
@@ -347,7 +349,7 @@ class Fleet:
             self._spawn(self._terminator.end_jobs(whole, why))
 
     async def close(self) -> None:
-        """Terminate whatever has not ended by itself."""
+        """Terminate the workers that have not ended by themselves."""
         self._submitter.closing.set()
         if self._watching is not None:
             self._watching.cancel()
@@ -355,7 +357,7 @@ class Fleet:
             if not job.sent:
                 task.cancel()
         if self._submitting:
-            # What is on its way to the platform has to be known, to be ended.
+            # A submitted job can be ended only after the platform has answered with its id.
             await asyncio.wait(list(self._submitting), timeout=ending.PATIENCE)
         for job in self.ledger.jobs:
             for launch_id in list(job.members):
@@ -364,9 +366,9 @@ class Fleet:
                 )
         await asyncio.sleep(0)
         for task in list(self._tasks):
-            task.cancel()  # what was being ended is ended below
+            task.cancel()  # workers that these tasks were about to terminate are terminated below
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # The platform has not said yet whether it has taken these.
+        # For some jobs, the platform has not answered whether it has accepted them.
         await asyncio.gather(*map(self._submitter.end_unanswered, self.ledger.jobs))
         left = [
             job

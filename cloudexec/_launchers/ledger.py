@@ -1,4 +1,4 @@
-"""What is known of the jobs of one executor: each job, each of its workers, and what they cost."""
+"""The records of one executor's jobs: the jobs, their workers, and the workers' costs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ class Member:
     """One worker of a job.
 
     Attributes:
-        index: In the job.
-        on_end: Whom to tell of its end.
+        index: Its index in the job.
+        on_end: Called with its launch id and its end.
         connected: Whether its session is open.
-        began: When it began to cost, on the monotonic clock; ``None``: not yet.
-        spent: Seconds that earlier attempts cost.
-        attempts: Attempts that have ended.
-        lost_at: When its session ended unexpectedly, and nobody knows why yet.
-        ended: Whether it is over for the executor.
-        gone: Whether it is over for the platform too, as far as that can be known.
+        began: Time from which it costs money, on the monotonic clock; ``None`` if it does not yet.
+        spent: Durations of its earlier attempts, in seconds.
+        attempts: Number of attempts that have ended.
+        lost_at: Time when its session ended unexpectedly; ``None`` if it did not, or if the cause
+            is known.
+        ended: Whether its end was reported to the executor.
+        gone: Whether it has ended on the platform, too, or was terminated there.
     """
 
     index: int
@@ -43,25 +44,26 @@ class Member:
 
 @dataclass(slots=True)
 class Job:
-    """One submission.
+    """One job that was, or will be, submitted to the platform.
 
     Attributes:
-        first: Number of its first worker.
-        name: Of the job.
+        first: Number of its first worker's launch.
+        name: Name of the job.
         spot: Whether it runs on spare capacity.
-        size: Which size its workers have.
-        price: Of each worker.
-        asked_at: When it was asked for.
-        api: Seconds until the platform had accepted it.
-        id: The platform's; empty until then.
-        worker_ids: The platform's names for the workers, if they are not made from ``id``.
-        counts: How many of its workers are in which phase.
-        reason: What the platform says of it while it waits.
+        size: The size of its workers.
+        price: The price of each worker.
+        members: Its workers, by launch id.
+        asked_at: Time of the executor's request, on the monotonic clock.
+        api: Seconds until the platform had accepted the job.
+        id: The platform's id for the job; empty until the job is accepted.
+        worker_ids: The platform's ids for the workers, if they are not made from ``id``.
+        counts: Number of its workers in each phase.
+        reason: The platform's message about the job while it waits.
         sent: Whether a submission was ever tried.
-        unanswered: Whether a submission may have got there whose answer never came.
-        trouble: Why its submission is tried again; empty: it is not.
-        trouble_since: Since when, on the monotonic clock.
-        terminated: Whether it is not needed any more.
+        unanswered: Whether the platform may have the job although no submission was answered.
+        trouble: Error because of which the submission is repeated; empty if there is none.
+        trouble_since: Time of the first such error, on the monotonic clock.
+        terminated: Whether the executor does not need the job any more.
     """
 
     first: int
@@ -91,7 +93,7 @@ class Job:
         return sum(self.counts.get(phase, 0) for phase in phases)
 
     def waiting(self) -> Iterator[tuple[str, Member]]:
-        """Yield those workers that are neither connected nor ended, with their launch ids."""
+        """Yield the launch ids and workers that are neither connected nor ended."""
         for launch_id, member in self.members.items():
             if not member.connected and not member.ended:
                 yield launch_id, member
@@ -103,7 +105,7 @@ class Job:
         return self.id if len(self.members) == 1 else f"{self.id}:{member.index}"
 
     def target(self, members: Sequence[Member]) -> Target:
-        """Return these workers as something to be ended."""
+        """Return the target for a request to end these workers."""
         whole = len(members) == len(self.members)
         return Target(
             job_id=self.id,
@@ -112,12 +114,12 @@ class Job:
         )
 
     def taken(self, submitted: Submitted) -> None:
-        """Note what the platform calls the job."""
+        """Record that the platform has accepted the job, and the ids that it has given."""
         self.id = submitted.job_id
         self.worker_ids = tuple(submitted.worker_ids)
 
     def note_begun(self) -> None:
-        """Count as paid for what has a place, also before it dials back, or if it never does."""
+        """Begin to count the cost of workers that have a place, whether or not they connect."""
         members = [member for member in self.members.values() if not member.ended]
         missing = self.count(Phase.STARTING, Phase.RUNNING)
         missing -= sum(member.began is not None for member in members)
@@ -125,7 +127,7 @@ class Job:
             if missing <= 0:
                 break
             if member.began is None:
-                # Which of them it is, the counts do not say, and it does not matter.
+                # The counts do not tell which workers have a place, but the sum is the same.
                 member.began = time.monotonic()
                 missing -= 1
 
@@ -134,12 +136,12 @@ class Ledger:
     """The jobs of one executor.
 
     Args:
-        stop_seconds: For how long a worker that is ended may still cost.
+        stop_seconds: Seconds for which a worker may still cost money after it was terminated.
 
     Attributes:
-        jobs: All of them, also those that are over.
-        explanation: Why workers that were asked for are not there; empty: nothing is known.
-        inherited_usd: What jobs cost that were over before this process began.
+        jobs: All jobs, including those whose workers have all ended.
+        explanation: Why launched workers have not connected; empty if no reason is known.
+        inherited_usd: Cost of the jobs that ended in earlier processes of the executor.
     """
 
     def __init__(self, stop_seconds: float = 30.0) -> None:
@@ -150,12 +152,12 @@ class Ledger:
         self._job_of: dict[str, Job] = {}
 
     def add(self, job: Job) -> None:
-        """Enter a job."""
+        """Add a job."""
         self.jobs.append(job)
         self._job_of.update(dict.fromkeys(job.members, job))
 
     def job_of(self, launch_id: str) -> Job | None:
-        """Return the job that a worker belongs to; ``None``: it is not known."""
+        """Return the job of a worker; ``None`` if the launch id is not known."""
         return self._job_of.get(launch_id)
 
     def launch_of(self, first: str, worker_id: str) -> str:
@@ -178,21 +180,21 @@ class Ledger:
         return next(found, first)
 
     def alive(self) -> list[Job]:
-        """Return the jobs that the platform has, and of which some worker has not ended."""
+        """Return the jobs that the platform has accepted and that have workers left."""
         return [job for job in self.jobs if job.id and not job.over]
 
     def unsubmitted(self) -> list[Job]:
-        """Return the jobs that the platform has not taken yet, and that are still wanted."""
+        """Return the jobs that the platform has not accepted yet and that have workers left."""
         return [job for job in self.jobs if not job.id and not job.over]
 
     def connected(self, launch_id: str, arrival: Arrival) -> None:
-        """A worker has dialed back."""
+        """Record that a worker has connected, and when it began to cost money."""
         job = self._job_of[launch_id]
         member = job.members[launch_id]
         member.connected = True
         member.lost_at = None
         if arrival.attempt > member.attempts + 1:
-            # The platform started it again before we had heard of the end.
+            # The platform has started the worker again, before it reported the earlier end.
             member.attempts = arrival.attempt - 1
             if member.began is not None:
                 member.spent.append(run_seconds(member.began, time.monotonic()))
@@ -202,14 +204,14 @@ class Ledger:
         member.began = began if member.began is None else min(began, member.began)
 
     def disconnected(self, launch_id: str, *, orderly: bool) -> bool:
-        """A worker's session ended.
+        """Record that a worker's session has ended.
 
         Args:
-            launch_id: Which.
-            orderly: Whether it ends by itself, as it was told to.
+            launch_id: The worker's launch.
+            orderly: Whether the worker was told to end, and exits by itself.
 
         Returns:
-            Whether it is to be found out why.
+            Whether the cause must be looked up on the platform.
         """
         job = self._job_of[launch_id]
         member = job.members[launch_id]
@@ -223,13 +225,13 @@ class Ledger:
         return not member.ended
 
     def end(self, job: Job, launch_id: str, end: LaunchEnd, ended_at: float | None = None) -> None:
-        """Take in that an attempt of a worker ended, and tell.
+        """Record that an attempt of a worker has ended, and call the worker's ``on_end``.
 
         Args:
-            job: Its job.
-            launch_id: The worker.
-            end: How.
-            ended_at: When, on the monotonic clock; ``None``: now.
+            job: The worker's job.
+            launch_id: The worker's launch.
+            end: The end to report.
+            ended_at: Time of the end, on the monotonic clock; ``None`` for now.
         """
         member = job.members[launch_id]
         if member.ended:
@@ -242,11 +244,11 @@ class Ledger:
         member.connected = False
         member.ended = not end.relaunched
         if end.fatal:
-            self.explanation = end.reason  # what was known while it was tried again is outdated
+            self.explanation = end.reason  # replaces the reason for which it was tried again
         member.on_end(launch_id, end)
 
     def times(self, launch_id: str) -> LaunchTimes | None:
-        """Say what is known of how a launch went."""
+        """Return the known times of a launch."""
         job = self._job_of.get(launch_id)
         if job is None:
             return None
@@ -254,14 +256,14 @@ class Ledger:
         return LaunchTimes(launch=launch_id, job_id=job_id, api=job.api or None)
 
     def least_of(self, price: WorkerPrice) -> float:
-        """Return what a worker costs that is ended as soon as it runs, in USD, at the most."""
+        """Return the cost, in USD, of a worker that is terminated as soon as it has started."""
         return max(price.least, price.cost(self._stop_seconds))
 
     def cost(self, usual: WorkerPrice) -> Cost:
-        """Say what the workers have cost, and will at least.
+        """Return the cost of the workers so far, and the further cost that is unavoidable.
 
         Args:
-            usual: The price of a worker, for the note if there is no job.
+            usual: The price of a worker, whose table is named even if there is no job.
         """
         now = time.monotonic()
         accrued, committed, rate = self.inherited_usd, 0.0, 0.0
@@ -271,7 +273,7 @@ class Ledger:
                 accrued += price.cost_of(member.spent)
                 if member.began is not None:
                     seconds = run_seconds(member.began, now)
-                    # The shortest run is owed as soon as it begins.
+                    # The shortest run must be paid as soon as the run begins.
                     accrued += price.cost(seconds)
                     rate += price.per_hour
                     beyond = seconds + self._stop_seconds - max(seconds, price.least_seconds)
@@ -288,7 +290,7 @@ class Ledger:
         )
 
     def over_usd(self) -> float:
-        """Return what jobs cost that are over, those of earlier processes too."""
+        """Return the cost, in USD, of jobs without workers left, also of earlier processes."""
         over = (job for job in self.jobs if job.over)
         return self.inherited_usd + sum(
             job.price.cost_of(member.spent) for job in over for member in job.members.values()
@@ -296,14 +298,14 @@ class Ledger:
 
 
 def dump(job: Job, capacity: Sequence[float] | None) -> dict[str, Any]:
-    """Return what a later process needs to know of a job, as JSON has it.
+    """Return, as JSON data, what a later process needs to take over a job.
 
     Args:
         job: The job.
-        capacity: What a worker of its size has, as ``load`` is to say it again: sizes that tasks
-            have asked for have other numbers in another process.
+        capacity: The resources of its workers, by which ``load`` finds the size again. A size that
+            was made for a task may have another number in another process.
     """
-    # Clocks that count from the start of a machine mean nothing to one on another.
+    # Times are saved as Unix time: another machine's monotonic clock starts elsewhere.
     offset = time.time() - time.monotonic()
     return {
         "first": job.first,
@@ -337,10 +339,11 @@ def load(
     """Return a job of an earlier process.
 
     Args:
-        left: What ``dump`` returned there.
-        size_of: Says which size that is here, by its number there and what its workers have.
-        price: Says what a worker of a size costs, on spare capacity or not.
-        on_end: Whom to tell of the ends of its workers.
+        left: The data that ``dump`` returned in the earlier process.
+        size_of: Takes the size's number in the earlier process and the workers' resources, and
+            returns its number in this process.
+        price: Takes a size, and whether it is on spare capacity; returns the price of a worker.
+        on_end: Called with the launch id and end of each worker.
     """
     offset = time.time() - time.monotonic()
     size, spot = size_of(int(left["size"]), left["capacity"]), bool(left["spot"])
@@ -371,14 +374,14 @@ def load(
 
 
 def seconds_of(end: WorkerEnd) -> float:
-    """Return how long a run took; 0: it never began."""
+    """Return the duration of a run in seconds; 0 if it never began, or if it is not known."""
     if end.began_at is None or end.ended_at is None:
         return 0.0
     return run_seconds(end.began_at, end.ended_at)
 
 
 def ended_at(end: WorkerEnd) -> float | None:
-    """Return when a run ended, on the monotonic clock; it may be told of much later."""
+    """Return the time when a run ended, on the monotonic clock; ``None`` if it is not known."""
     if end.ended_at is None:
         return None
     ago = max(0.0, time.time() - end.ended_at)  # the platform's clock may differ from ours

@@ -1,4 +1,4 @@
-"""The local launcher: the same worker as elsewhere, as a subprocess of the client."""
+"""The local launcher: starts the same worker as other launchers, as a subprocess of the client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Local"]
 
 _BOOT = (
-    # Byte by byte: a second line, with the client's address, is read when it is needed.
+    # The line is read without a buffer, as the second line, with the client's address, is read by
+    # other code later.
     "import sys,json;b=json.loads(sys.stdin.buffer.raw.readline());sys.path[:]=b['sys_path'];"
     "from cloudexec.worker.__main__ import main;sys.exit(main(b))"
 )
@@ -34,15 +35,16 @@ _log = Log()
 
 
 class Local(Launcher):
-    """Runs workers as subprocesses on this machine; the default.
+    """Runs workers as subprocesses on this machine. This is the default launcher.
 
-    Where a fork is safe, workers are copies of this process: they have the installed modules that
-    it has imported, with their settings. A fork is safe on Linux if this process has one thread
-    when the first task is submitted. Otherwise workers are fresh interpreters, which import what
-    the executor's ``preload`` says.
+    If a fork is safe, workers are copies of this process: they have the installed modules that it
+    has imported, with their settings. A fork is safe on Linux if this process has one thread when
+    the first task is submitted. Otherwise workers are fresh interpreters, which import the modules
+    of the executor's ``preload``.
 
     Args:
-        slots_per_worker: Tasks that one supervisor process serves; ``None``: one serves them all.
+        slots_per_worker: Number of tasks that one supervisor process runs at once; ``None`` for a
+            single process that runs them all.
 
     Raises:
         ConfigError: If ``slots_per_worker`` is not a positive integer.
@@ -64,11 +66,11 @@ class Local(Launcher):
         self._machine: WorkerCapacity | None = None
 
     def slots_per_worker(self, max_workers: int) -> int:
-        """Say how many slots one worker has."""
+        """Return how many slots one worker has."""
         return min(self._slots_per_worker or max_workers, max_workers)
 
     def capacity(self, size: int) -> WorkerCapacity:
-        """Say what this machine has for all workers together: there is one size."""
+        """Return the resources of this machine, which all workers share."""
         if self._machine is None:
             from cloudexec._launchers.this_machine import this_machine
 
@@ -76,10 +78,10 @@ class Local(Launcher):
         return self._machine
 
     def size_for(self, cpus: float, memory: int, gpus: int) -> int:
-        """Say that a task fits here.
+        """Return 0, the only size, if this machine is large enough for a task.
 
         Raises:
-            ConfigError: If it never will; the most there is is named.
+            ConfigError: If it is not; the message names the largest possible value.
         """
         most = self.capacity(0)
         if gpus > most.gpus:
@@ -101,16 +103,16 @@ class Local(Launcher):
         return 0
 
     def needs_network(self) -> bool:
-        """Local workers use a Unix socket where there is one."""
+        """Return ``False``, as local workers use a Unix socket if the system has these."""
         return False
 
     def begin(self, slots: int, preload: Sequence[str] | Callable[[], Sequence[str]]) -> None:
-        """Start the first worker: it imports what it needs while this process does."""
+        """Start the first worker, which imports its modules while this process imports its own."""
         self._preload = preload
         if self._template is None:
-            self._why_not = why_not() if callable(preload) else "preload= says so"
+            self._why_not = why_not() if callable(preload) else "preload= asks for one"
             if not self._why_not:
-                # Both sides need them.
+                # Both processes need these modules, so they are imported before the fork.
                 import asyncio  # noqa: F401
 
                 from cloudexec._proto import tasks_pb2  # noqa: F401
@@ -137,12 +139,12 @@ class Local(Launcher):
         return self._preload
 
     def stand_down(self) -> None:
-        """Kill the workers that were started and not launched."""
+        """Kill the workers that were started but not launched."""
         while self._begun:
             try:
                 popen = self._begun.popleft()
             except IndexError:
-                return  # another thread had the last one
+                return  # another thread has taken the last one
             popen.kill()
             popen.wait()
             for pipe in (popen.stdin, popen.stderr):
@@ -154,7 +156,7 @@ class Local(Launcher):
             template.close()
 
     async def close(self) -> None:
-        """Kill the workers that were started and not launched: all others have ended."""
+        """Kill the workers that were started but not launched, as all others have ended."""
         self.stand_down()
 
     def launch(
@@ -163,7 +165,7 @@ class Local(Launcher):
         requests: Sequence[LaunchRequest],
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
-        """Start one supervisor process for each."""
+        """Start one supervisor process for each worker."""
         for request in requests:
             try:
                 self._launch(contact, request.launch_id, request.slots, on_end)
@@ -207,18 +209,18 @@ class Local(Launcher):
         self._processes[key] = _Process(popen, ended)
 
     def terminate(self, launch_ids: Sequence[str]) -> None:
-        """Kill workers: their zygotes notice and take the slots along."""
+        """Kill workers. Their zygotes notice this, and kill the slots."""
         for key, process in self._processes.items():
             if key.rpartition("/")[2] in launch_ids:
                 process.kill()
 
     def pid_of(self, executor_id: str, launch_id: str) -> int:
-        """Return the process of a launch; 0: it has ended."""
+        """Return the pid of a worker; 0 if it has ended."""
         process = self._processes.get(f"{executor_id}/{launch_id}")
         return 0 if process is None else process.pid
 
     def clean_up(self, launch_id: str, slot_groups: list[int]) -> None:
-        """Kill what tasks started and nobody was left to end: the worker was killed as a whole."""
+        """Kill the processes that tasks have started, as the killed worker could not do so."""
         for group in slot_groups:
             try:
                 os.killpg(group, signal.SIGKILL)
@@ -226,7 +228,7 @@ class Local(Launcher):
                 pass
 
     def describe(self) -> str:
-        """Say in a few words what this launches."""
+        """Describe in a few words the workers that this launcher starts."""
         return "subprocesses on this machine"
 
     def __repr__(self) -> str:
@@ -239,9 +241,9 @@ def _start(
     """Start a worker's process, which waits for the client's address once it is ready.
 
     Args:
-        slots: How many it has.
-        preload: Looks up what it is to import.
-        hash_seed: ``PYTHONHASHSEED`` of all workers: sets are in the same order in each of them.
+        slots: Number of its slots.
+        preload: Returns the names of the modules that it imports.
+        hash_seed: ``PYTHONHASHSEED`` of all workers, so that sets have the same order in each.
 
     Raises:
         LaunchError: If it cannot be started.
@@ -261,13 +263,13 @@ def _start(
             stderr=subprocess.PIPE,
             env=environment,
             bufsize=0,
-            # Ctrl-C in the terminal is the client's to handle.
+            # Ctrl-C in the terminal must reach the client alone.
             start_new_session=True,
         )
     except OSError as exc:
         why = f"{exc}{too_many_files(exc)}"
         raise LaunchError(f"cannot start {sys.executable}: {why}", reason=why) from exc
-    # Looked for while the interpreter starts.
+    # The modules to preload are looked up only now, while the interpreter starts.
     _write(popen, {**_bootstrap(slots, preload()), "unset": unset})
     return popen
 
@@ -276,7 +278,7 @@ def _start_copy(template: Template, slots: int, hash_seed: str) -> Copy:
     """Start a worker whose slots are copies of this process.
 
     Raises:
-        OSError: If it cannot be started.
+        OSError: If the worker cannot be started.
     """
     bootstrap = _bootstrap(slots, ())
     if os.environ.get("PYTHONHASHSEED", "random") == "random":
@@ -301,19 +303,19 @@ def _directory() -> str:
     try:
         return os.getcwd()
     except OSError:
-        return ""  # it is gone
+        return ""  # the folder was removed
 
 
 def _write(popen: subprocess.Popen[bytes] | Copy, line: dict[str, Any]) -> None:
     assert popen.stdin is not None
     data = memoryview(json.dumps(line).encode() + b"\n")
-    with contextlib.suppress(OSError):  # it is dead already, and its end says why
+    with contextlib.suppress(OSError):  # the process has ended, and its end is reported elsewhere
         while data:
             data = data[popen.stdin.write(data) :]
 
 
 class _Process:
-    """Watches one subprocess from the event loop: its last words, and its end."""
+    """Watches one subprocess from the event loop, and reports its end with its last output."""
 
     def __init__(
         self, popen: subprocess.Popen[bytes] | Copy, on_end: Callable[[LaunchEnd], None]
@@ -323,7 +325,7 @@ class _Process:
         self.pid = popen.pid
         self._on_end = on_end
         self._tail = b""
-        # Imported with the first launch: importing the package stays cheap.
+        # Imported here, so that an import of the package stays fast.
         import asyncio
 
         self._loop = asyncio.get_running_loop()

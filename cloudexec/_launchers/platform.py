@@ -1,4 +1,4 @@
-"""What a launcher has to know of the platform that runs its workers: five requests to it."""
+"""The interface to a platform that runs workers: five kinds of requests, and their data."""
 
 from __future__ import annotations
 
@@ -32,29 +32,28 @@ __all__ = [
 
 
 class Phase(Enum):
-    """How far the platform has got with a worker."""
+    """The steps through which a platform takes a worker."""
 
     ACCEPTED = "accepted"
-    """It knows of the worker, and does not look for a place yet."""
+    """The platform knows of the worker, but does not look for a place yet."""
     WAITING = "waiting"
-    """It looks for a place."""
+    """The platform looks for a place, such as a machine with free resources."""
     STARTING = "starting"
-    """There is a place, and the worker costs money from now on."""
+    """The worker has a place, and costs money from now on."""
     RUNNING = "running"
     ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why something is as it is, and what to do about it.
+    """The reason why workers wait or have ended, and what the user can do about it.
 
     Attributes:
-        text: What happened, with the platform's own words.
+        text: The cause, with the platform's message.
         remedy: What the user can do about it.
-        fatal: Whether trying again, or waiting, cannot help.
+        fatal: Whether the problem stays, however long the executor waits or tries again.
         no_room: Whether there is no room for these workers now: the platform has no capacity, or a
-            limit is reached. Workers that wait are then started elsewhere, if there is a
-            ``Fallback``.
+            limit is reached. In a ``Fallback``, another launcher then starts the workers that wait.
     """
 
     text: str
@@ -68,13 +67,14 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorInfo:
-    """The executor that a launcher is to serve.
+    """The executor that uses a launcher.
 
     Attributes:
-        id: Its id, by which people tell its jobs from those of others.
-        listen: What the user wants to be listened on, as ``host:port``; empty: nothing special.
-        advertise: What the user wants workers to dial; empty: nothing special.
-        launch_timeout: Seconds in which a worker has to dial back.
+        id: Its id, which the names or tags of its jobs contain.
+        listen: The address on which the user wants the executor to listen, as ``host:port``; empty
+            if not given.
+        advertise: The address that the user wants workers to dial; empty if not given.
+        launch_timeout: Seconds within which a worker must connect.
     """
 
     id: str
@@ -89,15 +89,16 @@ class JobRequest:
 
     Attributes:
         name: A name that no other job has, by which ``Platform.find`` finds it.
-        workers: How many workers it has. Each of them is known by its index, from 0.
-        size: Which of the launcher's sizes they have.
-        capacity: What a worker of this size has; ``None``: the launcher does not say.
-        spot: Whether they run on spare capacity, which the platform may take back.
-        slots: How many tasks each of them runs at once.
-        command: What starts a worker with this Python. An image of workers has its own command.
-        environment: Variables that each worker needs, none of them secret.
-        secrets: Variables that nobody else must see: no part of a command line, as other users of
-            a machine can read these. Empty where ``Site.key`` says that workers have a key.
+        workers: Number of its workers. Each worker has an index, from 0.
+        size: The number of the workers' size, from 0.
+        capacity: The resources of a worker; ``None`` if the launcher does not name them.
+        spot: Whether the workers run on spare capacity, which the platform may reclaim.
+        slots: Number of tasks that each worker runs at once.
+        command: A command that starts a worker with this process's Python. A worker image has its
+            own command.
+        environment: Environment variables that each worker needs, none of them secret.
+        secrets: Secret environment variables. They must not be part of a command line, which other
+            users of a machine can read. Empty if workers have a key already (``Site.key``).
     """
 
     name: str
@@ -111,23 +112,24 @@ class JobRequest:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def environment_of(self, index: int) -> dict[str, str]:
-        """Return all variables of one worker, for a platform that starts each of them by itself.
+        """Return all variables of one worker, for a platform that starts each worker on its own.
 
         Args:
-            index: Which worker, from 0.
+            index: The worker's index, from 0.
         """
         return {**self.environment, **self.secrets, "CLOUDEXEC_INDEX": str(index)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A job that the platform has taken.
+    """A job that the platform has accepted.
 
     Attributes:
-        job_id: What the platform calls it.
-        worker_ids: What the platform calls each worker, by index. If this is empty, a worker is
-            called after its job, with ``:index`` at the end if the job has several.
-        shortfall: How many workers, those with the highest indexes, the platform did not take.
+        job_id: The platform's id for the job.
+        worker_ids: The platform's id for each worker, by index. If this is empty, the id of a
+            worker is ``job_id``, followed by ``:index`` if the job has several workers.
+        shortfall: Number of workers that the platform did not accept: those with the highest
+            indexes.
     """
 
     job_id: str
@@ -140,13 +142,14 @@ class WorkerEnd:
     """How one run of a worker ended.
 
     Attributes:
-        reason: Why: the exit code or signal, the platform's words, the last lines that it printed.
-        killed: Whether it was killed from outside.
-        reclaimed: Whether the platform took its machine back.
-        out_of_memory: Whether it was killed as a whole for want of memory.
-        began_at: When it began to cost money, Unix time; ``None``: not known.
-        ended_at: When it ended, Unix time; ``None``: not known.
-        details: What the platform likes to find here again in ``Platform.explain``.
+        reason: The cause: the exit code or signal, the platform's message, the last lines that the
+            worker printed.
+        killed: Whether another process or the platform killed the worker.
+        reclaimed: Whether the platform took the worker's machine back.
+        out_of_memory: Whether the whole worker was killed because it ran out of memory.
+        began_at: Unix time from which the run cost money; ``None`` if it is not known.
+        ended_at: Unix time of the end; ``None`` if it is not known.
+        details: Any object that the platform needs in its ``Platform.explain``.
     """
 
     reason: Reason = Reason("it ended")
@@ -163,10 +166,10 @@ class WorkerStatus:
     """What the platform says of one worker.
 
     Attributes:
-        phase: How far it is.
-        reason: What the platform says of it while it waits.
-        ends: How its runs ended, the oldest first. A worker that is not ``ENDED`` and has some is
-            started again by the platform.
+        phase: Its phase.
+        reason: The platform's message about the worker while it waits.
+        ends: The ends of its runs, the oldest first. If there are some and the phase is not
+            ``ENDED``, the platform has started the worker again, or will.
     """
 
     phase: Phase
@@ -179,10 +182,10 @@ class JobStatus:
     """What the platform says of one job.
 
     Attributes:
-        workers: The workers that it says something of, by index: at least those that have ended,
-            but for those that ``Inspection.settled`` names.
-        counts: How many workers are in which phase; by default as ``workers`` says, which then has
-            to name all of them.
+        workers: The status of workers, by index. It must contain all workers that have ended,
+            except for those in ``Inspection.settled``.
+        counts: Number of workers in each phase. By default, ``workers`` is counted, which then
+            must contain all workers.
         reason: What the platform says of the job while it waits.
         worker_ids: What the platform calls each worker, by index, if it knows more of them than
             ``Submitted`` said; empty: nothing new. A worker without a name yet has an empty one.
@@ -204,15 +207,15 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A job to be looked at. All but its id only spares work to platforms with many workers.
+    """A request for the status of a job. All attributes but the id only help to save work.
 
     Attributes:
-        job_id: Which job.
-        workers: How many workers it has.
-        settled: Workers of which nothing more is wanted: they have ended.
-        connected: Workers that are connected: why one of them ends is not asked.
-        known_ends: How many ends of a worker are known already, by index; 0 if it is not in here.
-        wanted: Workers of which as much is wanted as there is to be had.
+        job_id: The platform's id for the job.
+        workers: Number of its workers.
+        settled: Indexes of workers that are known to have ended; their status is not needed.
+        connected: Indexes of workers that are connected; the causes of their ends are not needed.
+        known_ends: By index, how many ends of a worker are known already; 0 for other workers.
+        wanted: Indexes of workers whose status must be looked up.
         survey: Whether a process takes the job over from one that was killed: the phase of every
             worker is wanted, and of none why it ended.
         worker_ids: What the platform calls each worker, by index, as ``Submitted`` or ``JobStatus``
@@ -229,12 +232,12 @@ class Inspection:
     worker_ids: Sequence[str] = ()
 
     def asks_why(self, index: int, ends: int, *, over: bool) -> bool:
-        """Say whether it is worth while to look up why the last run of a worker ended.
+        """Return whether the executor needs the cause of the end of a worker's last run.
 
         Args:
-            index: Which worker.
+            index: The worker's index.
             ends: How many of its runs have ended.
-            over: Whether the platform starts no other.
+            over: Whether the platform will not start it again.
         """
         if self.survey or index in self.settled or index in self.connected:
             return False
@@ -243,10 +246,10 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is to be ended.
+    """Workers of one job that the platform must end.
 
     Attributes:
-        job_id: A job.
+        job_id: The platform's id for the job.
         workers: Some of its workers, by index; ``None``: all of it.
         worker_ids: As in ``Inspection``.
     """
@@ -261,12 +264,12 @@ class WaitingJob:
     """A job with workers that have not connected yet.
 
     Attributes:
-        job_id: What the platform calls it.
-        size: Which of the launcher's sizes its workers have.
-        spot: Whether they run on spare capacity.
-        counts: How many workers are in which phase.
-        connected: How many of those that run are connected.
-        reason: What the platform has said of the job, or of a worker that waits.
+        job_id: The platform's id for the job.
+        size: The number of its workers' size.
+        spot: Whether the workers run on spare capacity.
+        counts: Number of workers in each phase.
+        connected: Number of workers that are connected.
+        reason: The platform's message about the job, or about a worker that waits.
     """
 
     job_id: str
@@ -278,117 +281,118 @@ class WaitingJob:
 
 
 class Platform(ABC):
-    """What runs the workers: a cloud, a cluster's queue, machines that one can log in to.
+    """A system that runs workers: a cloud, a cluster's queue, or machines with a login.
 
-    Its methods are called on the event loop of an executor and must not block it: what takes more
-    than a moment belongs into ``asyncio.to_thread``. Each may raise a ``PlatformError``. If it is
-    ``transient``, the request is made again later.
+    Its methods are called on the executor's event loop, which they must not block: slow calls that
+    block belong into ``asyncio.to_thread``. Each method may raise a ``PlatformError``. If the error
+    is ``transient``, the request is made again later.
     """
 
     name: str = "the platform"
-    """What people call it."""
+    """Its name in messages."""
     most_workers: int | None = None
-    """How many workers one job may have at most; ``None``: any number."""
+    """Largest number of workers in one job; ``None`` for no limit."""
     stop_seconds: float = 30.0
-    """Seconds for which a worker may still run, and cost, after ``terminate`` at the most."""
+    """Seconds for which a worker may still run, and cost money, after ``terminate`` at the most."""
     stop_hint: str = ""
-    """What a user can do to end workers if the platform did not do so: a whole sentence's end,
+    """What a user can do to end workers if ``terminate`` fails, as a sentence without a full stop,
     such as "`scancel --name x` ends them"."""
 
     @abstractmethod
     async def submit(self, request: JobRequest) -> Submitted:
-        """Submit a job, once.
+        """Submit a job, without any repetition.
 
         Raises:
-            PlatformError: If the platform did not take it. ``transient``: it is tried again.
-                ``uncertain``: the platform may have taken it; ``find`` is called before the next
-                try.
+            PlatformError: If the platform did not accept the job. If the error is ``transient``,
+                the submission is repeated. If it is ``uncertain``, as the platform may have
+                accepted the job, ``find`` is called first.
             CloudexecError: If the settings of the launcher make it impossible.
         """
 
     @abstractmethod
     async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
-        """Say how jobs are.
+        """Return the status of jobs.
 
         Returns:
-            The status of each job by its id, without those that the platform does not know. Those
-            count as ended if a process takes over, and are looked at again otherwise.
+            The status of each job by its id. A job that the platform does not know is left out: it
+            counts as ended if the inspection is a ``survey``, and is inspected again otherwise.
         """
 
     @abstractmethod
     async def find(self, name: str, *, spot: bool) -> Submitted | None:
-        """Find a job of whose submission no answer came; ``None``: there is none.
+        """Return a job whose submission was not answered; ``None`` if the platform has no such job.
 
         Args:
-            name: As in the request.
-            spot: As in the request.
+            name: The name, as in the request.
+            spot: Whether it runs on spare capacity, as in the request.
         """
 
     @abstractmethod
     async def terminate(self, targets: Sequence[Target], reason: str) -> None:
-        """End workers at once, also those that still wait. Some may have ended already.
+        """End workers at once, even if they still wait. Some may have ended already.
 
         Args:
-            targets: Which.
-            reason: Why, for people.
+            targets: The workers.
+            reason: The reason, for people.
 
         Raises:
-            PlatformError: If some could not be ended. ``transient``: all of it is tried again.
+            PlatformError: If some workers could not be ended. If the error is ``transient``, the
+                request is repeated for all targets.
         """
 
     @abstractmethod
     async def explain(
         self, waiting: Sequence[WaitingJob], ends: Sequence[WorkerEnd]
     ) -> Reason | None:
-        """Say why workers do not come; ``None``: nothing is known to be wrong.
+        """Return why workers have not connected; ``None`` if no problem is known.
 
         If the same reason is ``fatal`` twice in a row, and no worker has ended before it connected,
         the workers that wait are given up.
 
         Args:
-            waiting: Jobs whose workers have not all connected, the oldest first; one at least. The
+            waiting: Jobs whose workers have not all connected, the oldest first; at least one. The
                 other jobs whose workers have a place follow.
-            ends: How workers ended that never connected, the newest last.
+            ends: The ends of workers that never connected, the newest last.
         """
 
     async def prepare(self) -> None:
-        """Do what must be done before a job can be submitted; called before each submission.
+        """Prepare the platform for jobs; called before each submission.
 
-        It is interrupted when the executor shuts down. ``submit`` has some seconds then, as what it
-        has submitted is to be ended.
+        It is cancelled when the executor shuts down. ``submit`` is not cancelled but given some
+        seconds, so that the job that it submits is known and can be ended.
 
         Raises:
-            PlatformError: As of ``submit``.
-            CloudexecError: As of ``submit``.
+            PlatformError: As in ``submit``.
+            CloudexecError: As in ``submit``.
         """
         return
 
     def spot_patience(self, workers: int) -> float:
-        """Say in how many seconds so many workers find a place, if there is any for them.
+        """Return the seconds in which workers find a place if the platform has capacity.
 
-        With ``spot="prefer"``, those that still wait for spare capacity after that are launched on
-        demand. In a ``Fallback``, those that still wait are started by the next launcher.
+        With ``spot="prefer"``, workers that wait longer for spare capacity are launched on demand.
+        In a ``Fallback``, workers that wait longer are started by the next launcher.
 
         Args:
-            workers: How many look for a place at the same time.
+            workers: Number of workers that wait for a place at the same time.
         """
         return 60.0
 
     def lacks_capacity(self, reason: str) -> bool:
-        """Say whether there is no capacity where a job waits, by what the platform says of it.
+        """Return whether the platform's message about a job says that there is no capacity.
 
         With ``spot="prefer"``, workers that wait are then launched on demand at once, and in a
         ``Fallback`` by the next launcher.
 
         Args:
-            reason: As in ``JobStatus`` or ``WorkerStatus``.
+            reason: The message, as in ``JobStatus`` or ``WorkerStatus``.
         """
         return False
 
     async def is_full(self, jobs: Sequence[WaitingJob]) -> bool:
-        """Say whether workers wait since those of the same executor use up what they may have.
+        """Return whether workers wait because the executor's other workers use up a limit.
 
-        With ``spot="prefer"``, they then wait on: there is spare capacity.
+        With ``spot="prefer"``, the workers then go on to wait, as there is spare capacity.
 
         Args:
             jobs: All jobs of the executor on spare capacity that have not ended.
@@ -396,36 +400,37 @@ class Platform(ABC):
         return False
 
     def price(self, size: int, spot: bool) -> WorkerPrice | None:
-        """Say what a worker of a size costs; ``None``: nothing.
+        """Return the price of a worker; ``None`` if it costs nothing.
 
         Args:
-            size: Which of the launcher's sizes.
+            size: The number of the worker's size.
             spot: Whether it runs on spare capacity.
         """
         return None
 
     def overhead(self) -> Cost:
-        """Say what there is to pay besides workers."""
+        """Return the cost of everything except workers, such as a relay."""
         return Cost()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A platform that one is connected to, and where the executor is to be found from there.
+    """A platform to which a launcher is connected, and how its workers reach the executor.
 
     Attributes:
         platform: The platform.
-        listen: Where the executor listens, as ``host:port``; port 0: any free one. Empty: what the
-            user says, or else all addresses of this machine.
-        advertise: The host, or ``host:port``, that workers dial; empty: what the user says, or else
-            the address that is listened on.
-        key: The key that workers have already, from a store of secrets; empty: each job is given
-            one of its own.
-        bucket: The S3 bucket through which large objects may go; empty: none.
+        listen: Address on which the executor listens, as ``host:port``, where port 0 means any free
+            port. Empty for the address that the user gives, or else ``127.0.0.1:0``.
+        advertise: The host, or ``host:port``, that workers dial. Empty for the address that the
+            user gives, or else the address on which the executor listens.
+        key: The key that workers have already, from a store of secrets; empty if each job is to
+            get its own key.
+        bucket: The S3 bucket for large objects; empty if there is none.
         region: The bucket's region.
         relay: ``host:port`` of a relay that this process and workers dial, and that knows ``key``,
-            or ``ssh://user@host``, whose OpenSSH forwards a port; empty: workers dial this process.
-        moving: That relay, if it is one that the launcher starts, and starts again elsewhere.
+            or ``ssh://user@host`` of a host whose OpenSSH forwards a port; empty if workers dial
+            this process.
+        moving: The same relay, if the launcher starts it, and may start another one elsewhere.
     """
 
     platform: Platform

@@ -1,4 +1,4 @@
-"""The base of launchers for a platform: they say what workers to run, and a fleet runs them."""
+"""The base class of launchers for a platform: they have settings, and a fleet runs the workers."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ __all__ = ["PlatformLauncher"]
 
 _logger = Log()
 _changing = threading.Lock()
-"""Held while a size is added to those of a launcher."""
+"""Held while a size is added to a launcher, or while an executor begins to use one."""
 
 
 class PlatformLauncher(Launcher):
     """A launcher for your platform: derive a frozen dataclass from it, whose fields are settings.
 
-    ``connect`` is all that it needs. What is a plain attribute here, such as ``launch_timeout``,
-    may be a field of yours. One launcher serves one executor at a time.
+    Only ``connect`` must be defined. Plain attributes, such as ``launch_timeout``, may be made
+    fields of the dataclass. One launcher serves one executor at a time.
     """
 
     launch_timeout: float = 300.0
-    """Seconds in which a worker must have connected, unless the executor was told."""
+    """Seconds within which a worker must connect, unless the executor has this setting."""
     linger: float = 0.25
-    """Seconds to wait for more workers to be asked for, so that one job has them all."""
+    """Seconds that the executor waits for more launches, so that one job has all the workers."""
     last_words: float = 10.0
     """Seconds, after a worker's connection was lost, in which the platform may say why."""
     ends_are_seen: bool = False
     slots: int = 1
     """Tasks that each worker runs at once."""
     spot: bool | str = False
-    """Whether workers run on spare capacity. ``"prefer"`` goes without after repeated reclaims, or
-    if there is none."""
+    """Whether workers run on spare capacity. With ``"prefer"``, they run on demand for a while if
+    there is none, or after repeated reclaims."""
     environment: Mapping[str, str] = {}
-    """Variables that every worker has; no place for secrets."""
+    """Environment variables of every worker, which must have no secrets."""
 
     _fleet: Fleet | None = None
     _elsewhere: Elsewhere | None = None
 
-    # What a platform's launcher says.
+    # Methods that a platform's launcher overrides.
 
     @abstractmethod
     def connect(self, executor: ExecutorInfo) -> contextlib.AbstractAsyncContextManager[Site]:
@@ -70,17 +70,17 @@ class PlatformLauncher(Launcher):
         of the event loop, so no ``asyncio.timeout`` or ``TaskGroup`` may be around its ``yield``.
 
         Args:
-            executor: The executor that is to be served.
+            executor: The executor that uses the launcher.
 
         Raises:
-            CloudexecError: If nothing could be launched.
+            CloudexecError: If this launcher could not launch any worker.
         """
         raise NotImplementedError
 
     def capacities(self) -> Sequence[WorkerCapacity]:
-        """Return the sizes of worker that there are, the smallest first; none: it is not known.
+        """Return the resources of each worker size, smallest first; empty if they are not known.
 
-        A task that runs out of memory is run again on the next one.
+        A task that runs out of memory is run again on a worker of the next size.
         """
         return ()
 
@@ -88,12 +88,12 @@ class PlatformLauncher(Launcher):
         """Return a size made for a task that fits none of ``capacities``.
 
         Args:
-            cpus: Processors that it needs.
-            memory: Bytes that it needs.
-            gpus: GPUs that it needs.
+            cpus: Processors that the task needs.
+            memory: Bytes that the task needs.
+            gpus: GPUs that the task needs.
 
         Raises:
-            ConfigError: If there is none; it should name the nearest.
+            ConfigError: If no worker can be that large; the message should name the nearest size.
         """
         largest = self.size_name(self.size_count - 1)
         raise ConfigError(
@@ -106,27 +106,27 @@ class PlatformLauncher(Launcher):
 
     @property
     def _catalogue(self) -> list[WorkerCapacity]:
-        """The sizes that there are, and those that were made for tasks; it only grows."""
+        """The launcher's own sizes, and after them those that were made for tasks."""
         found: list[WorkerCapacity] | None = self.__dict__.get("_sizes")
-        if found is None:  # asked for in any thread: the first one decides
+        if found is None:  # several threads may come here, and the first one sets the list
             found = self.__dict__.setdefault("_sizes", list(self.capacities()))
         return found
 
     @property
     def size_count(self) -> int:  # type: ignore[override]
-        """How many sizes of its own it has."""
+        """Number of its own sizes."""
         return len(self.capacities()) or 1
 
     def capacity(self, size: int) -> WorkerCapacity | None:
-        """Say what a worker of a size has."""
+        """Return the resources of a worker of a size; ``None`` if they are not known."""
         known = self._catalogue
         return known[size] if size < len(known) else None
 
     def size_for(self, cpus: float, memory: int, gpus: int) -> int:
-        """Find the smallest size for a task: one that there is, or else one made for it.
+        """Find the smallest size for a task: one of the launcher's own, or else one made for it.
 
         Raises:
-            ConfigError: If there is none; it names the nearest.
+            ConfigError: If no worker can be that large; the message names the nearest size.
         """
         known = self.capacities()
         if not known:
@@ -142,17 +142,17 @@ class PlatformLauncher(Launcher):
             return self._catalogue.index(made)
 
     def slots_per_worker(self, max_workers: int) -> int:
-        """Say how many slots one worker has."""
+        """Return how many slots one worker has."""
         return min(self.slots, max_workers)
 
-    # What the executor asks, answered by the fleet.
+    # Methods that the executor calls, and that the fleet implements.
 
     def needs_network(self) -> bool:
-        """Workers are elsewhere."""
+        """Return ``True``, as workers are on other machines."""
         return True
 
     def give_way(self, elsewhere: Callable[[Sequence[str]], int], patience: float | None) -> None:
-        """Take note that workers could be started elsewhere, until ``close``."""
+        """Record, until ``close``, that other launchers could start this launcher's workers."""
         from cloudexec._launchers.watching import Elsewhere
 
         self.__dict__["_elsewhere"] = Elsewhere(elsewhere, patience)
@@ -168,7 +168,8 @@ class PlatformLauncher(Launcher):
         """
         from cloudexec._launchers.fleet import Fleet
 
-        # Settings may be frozen: their dictionary is not. Each executor has a thread of its own.
+        # Attributes of a frozen dataclass can be set in its ``__dict__`` only. The lock is needed
+        # because each executor calls this in a thread of its own.
         with _changing:
             if self.__dict__.get("_is_serving"):
                 raise LaunchError(
@@ -202,7 +203,7 @@ class PlatformLauncher(Launcher):
         requests: Sequence[LaunchRequest],
         on_end: Callable[[str, LaunchEnd], None],
     ) -> None:
-        """Submit a job for all of them."""
+        """Submit jobs for all of these workers."""
         self._running.launch(contact, requests, on_end)
 
     def terminate(self, launch_ids: Sequence[str]) -> None:
@@ -210,7 +211,7 @@ class PlatformLauncher(Launcher):
         self._running.terminate(launch_ids)
 
     def key_of(self, launch_id: str) -> bytes | None:
-        """Return the key that a job was given, where workers have none already."""
+        """Return the key of the worker's job; ``None`` if it has the key of the site."""
         return self._running.key_of(launch_id)
 
     def launch_of(self, first: str, worker_id: str) -> str:
@@ -218,40 +219,40 @@ class PlatformLauncher(Launcher):
         return self._running.ledger.launch_of(first, worker_id)
 
     def connected(self, launch_id: str, arrival: Arrival) -> None:
-        """A worker has dialed back."""
+        """Record that a worker has connected."""
         self._running.connected(launch_id, arrival)
 
     def disconnected(self, launch_id: str, *, orderly: bool, reclaimed: bool) -> None:
-        """A worker's session ended."""
+        """Record that a worker's session has ended."""
         self._running.disconnected(launch_id, orderly=orderly and not reclaimed)
 
     def bucket(self) -> tuple[str, str]:
-        """Name the site's bucket, and its region."""
+        """Return the site's S3 bucket for large objects, and its region."""
         site = self._running.site
         return site.bucket, site.region
 
     def times(self, launch_id: str) -> LaunchTimes | None:
-        """Say what is known of how a launch went."""
+        """Return the known times of a launch."""
         return None if self._fleet is None else self._fleet.ledger.times(launch_id)
 
     def explain(self) -> str:
-        """Say why workers that were asked for are not there."""
+        """Return why launched workers have not connected; empty if no reason is known."""
         return "" if self._fleet is None else self._fleet.ledger.explanation
 
     def cost(self) -> Cost:
-        """Estimate what the workers have cost, and will at least."""
+        """Return the cost of the workers so far, and the further cost that is unavoidable."""
         return Cost() if self._fleet is None else self._fleet.cost()
 
     def least_usd(self, requests: Sequence[LaunchRequest]) -> Iterable[float]:
-        """Say what each of these workers would cost at least, were they launched now."""
+        """Return the least that each of these workers would cost if it were launched now."""
         return self._running.least_usd(requests)
 
     def fingerprint(self) -> str:
-        """Return what tells its workers from those of another one: its settings."""
+        """Return a text that differs if workers would differ: the settings."""
         return repr(self)
 
     def hand_over(self) -> dict[str, Any]:
-        """Return what a later process needs to know of the jobs."""
+        """Return, as JSON data, what a later process needs to take over the jobs."""
         return self._running.hand_over()
 
     async def take_over(
@@ -261,13 +262,13 @@ class PlatformLauncher(Launcher):
         return await self._running.take_over(left, on_end)
 
     async def close(self) -> None:
-        """Terminate what still runs, and let go of the platform."""
+        """Terminate the workers that still run, and close the connection to the platform."""
         if self._fleet is None:
             return
         try:
             await self._fleet.close()
             await self.__dict__["_connection"].aclose()
-        except Exception:  # of a launcher that others have written: the executor ends nevertheless
+        except Exception:  # third-party launchers may raise any; the executor ends nevertheless
             _logger.exception("the connection of %r could not be closed", self)
         finally:
             self.__dict__["_elsewhere"] = None

@@ -1,4 +1,4 @@
-"""Launchers by name: our own, and those that installed packages register."""
+"""Makes launchers by name: those of this package, and those that other packages register."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _OWN = {
 
 
 def default_launcher() -> Launcher:
-    """Return what ``CLOUDEXEC_LAUNCHER`` or ``CLOUDEXEC_PROFILE`` names; or else ``Local()``.
+    """Return the launcher that ``CLOUDEXEC_LAUNCHER`` names, else ``Batch()`` or ``Local()``.
+
+    It is ``Batch()`` if ``CLOUDEXEC_PROFILE`` names a profile.
 
     Raises:
         ConfigError: If there is no such launcher, or if it cannot be made.
@@ -36,7 +38,7 @@ def default_launcher() -> Launcher:
 
 
 def launcher_named(name: str, where: str = "") -> Launcher:
-    """Make a launcher with the settings that it has by default.
+    """Make a launcher with its default settings.
 
     Args:
         name: ``"local"``, ``"batch"``, ``"fargate"``, ``"ec2"``, or a name that an installed
@@ -58,8 +60,8 @@ def launcher_named(name: str, where: str = "") -> Launcher:
         known = ", ".join(sorted({*_OWN, *others}))
         raise ConfigError(
             f"{where}: there is no such launcher; installed are: {known}. Install the package "
-            f"that has it, in this environment; it registers the name as an entry point of the "
-            f"group {GROUP!r}"
+            f"with this launcher in this environment; the package must register the name as an "
+            f"entry point of the group {GROUP!r}"
         )
     try:
         made: Launcher = others[name].load()()

@@ -1,4 +1,4 @@
-"""Whether workers run on spare capacity: ``spot="prefer"`` leaves it while it is not worth it."""
+"""Decides whether workers run on spare capacity; ``spot="prefer"`` avoids it while it is scarce."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ _logger = Log()
 
 _RECLAIMS_BEFORE_ON_DEMAND = 3
 _RECLAIMED_SHARE = 0.25
-"""Of the Spot workers that there are: one wave among many is no reason to leave."""
+"""Share of the Spot workers that must have been reclaimed before workers run on demand. A single
+wave of reclaims among many workers is no reason to pay more."""
 _RECLAIMS_COUNT = 3600.0
-"""Seconds for which a reclaim counts: over days, some are usual."""
+"""Seconds for which a reclaim counts, as some reclaims are usual in the course of days."""
 _SHARE_OF_TIMEOUT = 2 / 3
-"""Of ``launch_timeout``, for which ``spot="prefer"`` waits for spare capacity at most: then workers
-would count as failed to start."""
+"""Largest share of ``launch_timeout`` for which ``spot="prefer"`` waits for spare capacity. Workers
+that wait for all of it would count as failed to start."""
 _PAUSE = 600.0
-"""Seconds in which it is not asked for again."""
+"""Seconds in which no spare capacity is requested after workers have waited for it in vain."""
 
 
 class SpotPolicy:
-    """Says where workers run that are launched now.
+    """Decides whether new workers run on spare capacity, and how long they wait for it.
 
     Args:
-        ledger: The jobs.
+        ledger: The jobs of the executor.
         platform: Says how long spare capacity takes, and when there is none.
-        wanted: What the user wants: ``True``, ``False`` or ``"prefer"``.
-        launch_timeout: Seconds in which a worker has to dial back.
+        wanted: The launcher's setting: ``True``, ``False`` or ``"prefer"``.
+        launch_timeout: Seconds within which a worker must connect.
     """
 
     def __init__(
@@ -48,12 +49,12 @@ class SpotPolicy:
 
     @property
     def is_on(self) -> bool:
-        """Whether workers that are launched now run on spare capacity."""
+        """Whether new workers run on spare capacity."""
         return bool(self._wanted) and not (self._wanted == "prefer" and self._is_scarce)
 
     @property
     def _is_scarce(self) -> bool:
-        """Whether spare capacity did not come, or was taken back more often than it is worth."""
+        """Whether there was no spare capacity lately, or too much of it was reclaimed."""
         now = time.monotonic()
         if now < self._no_spot_until:
             return True
@@ -67,12 +68,12 @@ class SpotPolicy:
         return reclaims >= (reclaims + workers) * _RECLAIMED_SHARE
 
     def note_reclaim(self, job: Job) -> None:
-        """The platform took the machine of a worker back."""
+        """Record that the platform has reclaimed the machine of a worker."""
         if job.spot:
             self._reclaims.append(time.monotonic())
 
     def waits_in_vain(self, job: Job, now: float) -> bool:
-        """Say whether workers of a job that wait for spare capacity are to run on demand.
+        """Return whether waiting workers of a Spot job must run on demand instead.
 
         Args:
             job: The job.
@@ -86,19 +87,19 @@ class SpotPolicy:
         return lacking or now - job.asked_at > self._patience()
 
     def leave(self, job: Job, now: float) -> None:
-        """Ask for no spare capacity for a while, since a job waits for it in vain.
+        """Request no spare capacity for a while, since a job has waited for it in vain.
 
         Args:
             job: The job.
             now: The time, on the monotonic clock.
         """
         why = f" ({job.reason})" if job.reason else ""
-        _logger.info("no Spot capacity in %.0f s%s: going on demand", now - job.asked_at, why)
+        _logger.info("no Spot capacity in %.0f s%s: launching on demand", now - job.asked_at, why)
         self._left.add(job.first)
         self._no_spot_until = now + _PAUSE
 
     def _patience(self) -> float:
-        """Return how long a job may wait; the executor's own other jobs may be before it."""
+        """Return how many seconds a job may wait, as the executor's other jobs may be first."""
         workers = sum(len(job.members) for job in self._ledger.alive() if job.spot)
         patience = self._platform.spot_patience(workers)
         return min(patience, self._launch_timeout * _SHARE_OF_TIMEOUT)

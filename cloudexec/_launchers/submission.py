@@ -1,4 +1,4 @@
-"""Submitting jobs: tried again while the platform cannot take them, and never twice."""
+"""Submits jobs: repeats failed submissions, but never starts the workers of a job twice."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ __all__ = ["Submitter"]
 _logger = Log()
 
 _PATIENCE = 300.0
-"""Seconds for which a submission that the platform cannot take now is tried again."""
+"""Seconds for which a submission is repeated while the platform cannot take it."""
 _LOOK_UP_PAUSES = (1.0, 2.0, 4.0)
-"""Seconds before a job whose submission went unanswered is looked up, and up again: lists lag, and
-to submit it once more would start all of its workers twice."""
+"""Seconds before each look for a job whose submission was not answered. There are several looks,
+as a platform's list may lag, and a second submission would start all of the workers twice."""
 
 
 class _NotNeededError(LaunchError):
-    """Nobody waits for the job any more."""
+    """The executor does not need the job any more."""
 
 
 class Submitter:
     """Submits the jobs of one executor.
 
     Args:
-        platform: What takes them.
-        ledger: Is told of refusals.
-        terminator: Ends jobs that are not needed any more by the time they are accepted.
+        platform: The platform to which jobs are submitted.
+        ledger: Records which workers the platform has refused.
+        terminator: Ends jobs that the executor does not need any more when they are accepted.
 
     Attributes:
-        closing: Set when the executor has shut down: nothing is submitted any more.
+        closing: Set when the executor has shut down; no job is submitted any more.
     """
 
     def __init__(self, platform: Platform, ledger: Ledger, terminator: Terminator) -> None:
@@ -50,7 +50,7 @@ class Submitter:
         self._said = ""
 
     async def submit(self, job: Job, request: JobRequest) -> None:
-        """Submit a job. If the platform refuses, that is the end of its workers."""
+        """Submit a job, or record that its workers have ended if the platform refuses it."""
         try:
             submitted = await self._persist(job, request)
             job.taken(submitted)
@@ -70,7 +70,7 @@ class Submitter:
             await self._terminator.end_jobs([job], "it is not needed any more")
 
     def _end_shortfall(self, job: Job, shortfall: int) -> None:
-        """Say of workers that the platform did not take that they have ended."""
+        """Record that workers have ended which the platform did not take."""
         if shortfall <= 0:
             return
         taken = len(job.members) - shortfall
@@ -80,7 +80,7 @@ class Submitter:
             self._ledger.end(job, launch_id, end)
 
     async def _persist(self, job: Job, request: JobRequest) -> Submitted:
-        """Try again what the platform cannot answer now: throttled, unreachable, locked out."""
+        """Submit a job, and repeat that while the platform throttles or cannot be reached."""
 
         def worth_it(exc: BaseException) -> bool:
             if not may_pass(exc) or self.closing.is_set():
@@ -90,7 +90,7 @@ class Submitter:
             job.trouble = str(exc) or type(exc).__name__
             if str(exc) != self._ledger.explanation:
                 self._ledger.explanation = self._said = str(exc)
-                _logger.warning("trying again: %s", exc)
+                _logger.warning("a job cannot be submitted now; trying again: %s", exc)
             return True
 
         retrying = tenacity.AsyncRetrying(
@@ -109,12 +109,12 @@ class Submitter:
         raise AssertionError("tenacity returned without a result")
 
     async def _nap(self, seconds: float) -> None:
-        """Sleep, but not past the end."""
+        """Sleep for a time, or until the executor shuts down."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.closing.wait(), seconds)
 
     async def _submit_once(self, job: Job, request: JobRequest) -> Submitted:
-        """Submit a job, or find out that it was, where an earlier answer got lost."""
+        """Submit a job, unless an earlier submission, whose answer was lost, has succeeded."""
         self._check_need(job)
         if job.unanswered:
             found = await self._look_up(job)
@@ -123,7 +123,7 @@ class Submitter:
         await self._platform.prepare()
         self._check_need(job)
         job.sent = True
-        before, job.unanswered = job.unanswered, True  # whatever ends this, also an end of patience
+        before, job.unanswered = job.unanswered, True  # stays so if this is cancelled
         try:
             submitted = await self._platform.submit(request)
         except CloudexecError as exc:
@@ -133,7 +133,7 @@ class Submitter:
         return submitted
 
     async def _look_up(self, job: Job) -> Submitted | None:
-        """Find a job that may have been submitted."""
+        """Return a job that may have been submitted, if the platform has it."""
         for pause in _LOOK_UP_PAUSES:
             await asyncio.sleep(pause)
             found = await self._platform.find(job.name, spot=job.spot)
@@ -145,20 +145,21 @@ class Submitter:
         if self.closing.is_set():
             raise _NotNeededError("the executor has shut down")
         if job.terminated:
-            raise _NotNeededError("it was not needed any more before it was submitted")
+            raise _NotNeededError("the executor did not need it any more before it was submitted")
 
     async def end_unanswered(self, job: Job) -> None:
-        """Find a job of whose submission no answer came, if the platform has it, and end it."""
+        """End a job whose submission was not answered, if the platform has it."""
         if not job.unanswered or job.id:
             return
         try:
             async with asyncio.timeout(sum(_LOOK_UP_PAUSES) + PATIENCE):
                 found = await insist(lambda: self._look_up(job))
             job.unanswered = False
-        except Exception as exc:  # of a launcher that others have written, too
+        except Exception as exc:  # third-party launchers may raise any exception
             hint = self._platform.stop_hint
             _logger.error(
-                "the job %s may have been submitted, and cannot be looked for: %s%s",
+                "the job %s may have been submitted, and the platform cannot be asked about it: "
+                "%s%s",
                 job.name,
                 str(exc) or f"{self._platform.name} does not answer",
                 f". {hint}" if hint else "",

@@ -1,4 +1,4 @@
-"""What this machine has for tasks: its processors, memory and GPUs, or the share we may use."""
+"""Finds the processors, memory and GPUs of this machine that its workers may use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NVIDIA = re.compile(r"nvidia(\d+)")
 
 
 def this_machine(root: str = "/") -> WorkerCapacity:
-    """Return what processes of this one may use together.
+    """Return the resources that this process and its children may use together.
 
     Args:
-        root: Where the system's files are, for tests.
+        root: Folder with the system's files, which tests replace.
     """
     groups = _groups(root)
     gpu_ids = _gpus(root)
@@ -43,7 +43,7 @@ def _cpus(groups: list[str]) -> float:
 
 
 def _memory(root: str, groups: list[str]) -> int:
-    """Return bytes; 0 if that cannot be known."""
+    """Return the usable memory in bytes; 0 if it cannot be known."""
     total = 0
     try:
         if root == "/":
@@ -56,14 +56,14 @@ def _memory(root: str, groups: list[str]) -> int:
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             found = _numbers(group, name)
-            # Version 1 says "no limit" with a number that no machine has.
+            # For "no limit", version 1 has a number that is larger than any machine's memory.
             if found and 0 < found[0] < 1 << 60:
                 total = min(total or found[0], found[0])
     return total
 
 
 def _groups(root: str) -> list[str]:
-    """Return the control groups that this process is in, of either version, with those above."""
+    """Return the folders of this process's control groups, of either version, and their parents."""
     mount = os.path.join(root, "sys/fs/cgroup")
     found: list[str] = []
     try:
@@ -74,7 +74,7 @@ def _groups(root: str) -> list[str]:
         _, names, path = [*line.split(":", 2), "", ""][:3]
         top = os.path.join(mount, names) if names else mount
         group = os.path.normpath(os.path.join(top, path.strip("/")))
-        # In a container the path is often that of the host: what is mounted is the group itself.
+        # In a container, the path is often the host's, while ``top`` is the group itself.
         while group.startswith(f"{top}/"):
             found.append(group)
             group = os.path.dirname(group)
@@ -91,11 +91,11 @@ def _numbers(group: str, name: str) -> list[int] | None:
     try:
         return [math.floor(float(word)) for word in _read(group, name).split()]
     except (OSError, ValueError, OverflowError):
-        return None  # not there, or "max"
+        return None  # there is no such file, or it contains "max"
 
 
 def _gpus(root: str) -> tuple[str, ...]:
-    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` calls them."""
+    """Return the names for ``CUDA_VISIBLE_DEVICES`` of the GPUs that this process may use."""
     try:
         names = sorted(
             int(found[1])
@@ -111,6 +111,6 @@ def _gpus(root: str) -> tuple[str, ...]:
     for word in visible.split(","):
         word = word.strip()
         if not word or word.startswith("-"):
-            break  # as CUDA reads it: what is behind an invalid one does not count
+            break  # CUDA ignores an invalid name and all names after it
         chosen.append(word)
     return tuple(chosen)

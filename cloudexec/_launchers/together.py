@@ -1,4 +1,4 @@
-"""Starts the launchers of a ``Fallback`` together, and joins what they want to one way in."""
+"""Starts the launchers of a ``Fallback`` together, and joins their networks into one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ async def start_all(candidates: Sequence[Candidate], start: _Start, patience: fl
 
     Args:
         candidates: The launchers.
-        start: Starts one of them.
-        patience: Seconds from now that they have for it, once another one is ready.
+        start: Starts one launcher.
+        patience: Seconds from now in which launchers may start. If none is ready by then, all have
+            until the first one is ready.
     """
     starting = {asyncio.ensure_future(_start(each, start)): each for each in candidates}
     pending, until = set(starting), time.monotonic() + patience
@@ -52,28 +53,28 @@ async def _start(candidate: Candidate, start: _Start) -> None:
     try:
         candidate.network = await start(candidate.launcher)
         candidate.usable = True
-    except Exception as exc:  # of a launcher that others have written, too
+    except Exception as exc:  # third-party launchers may raise any exception
         if not isinstance(exc, CloudexecError):
             _logger.exception("internal error while %s was started", candidate.name)
         candidate.why = str(exc) or type(exc).__name__
 
 
 def leave_out(candidate: Candidate, why: str) -> None:
-    """Request no workers of a launcher, and warn of that."""
+    """Request no more workers from a launcher, and log a warning with the reason."""
     candidate.usable = False
     candidate.why, candidate.fatal = why, True
     _logger.warning("%s cannot be used, and is left out: %s", candidate.name, why)
 
 
 def join(candidates: Sequence[Candidate], wanted: str) -> tuple[Network, list[Candidate]]:
-    """Find where to listen, so that the workers of all launchers can connect.
+    """Find an address to listen on to which the workers of all launchers can connect.
 
     Args:
-        candidates: The launchers, which were started; those that cannot be used are left out.
-        wanted: ``host:port`` where the user wants the executor to listen; empty: anywhere.
+        candidates: The launchers after ``start_all``; those that cannot be used are left out.
+        wanted: ``host:port`` on which the user wants the executor to listen; empty if not given.
 
     Returns:
-        Where to listen, and the launchers to which its ways in belong, in their order.
+        The network, and the launchers to which its ``others`` belong, in the same order.
 
     Raises:
         LaunchError: If no launcher can be used.
@@ -91,12 +92,12 @@ def join(candidates: Sequence[Candidate], wanted: str) -> tuple[Network, list[Ca
             network = _on_this_machine(wanted)
         host, _, own = network.listen.rpartition(":")
         if own not in ("", "0", port) and port != "0":
-            why = f"the executor is to listen on port {own} for it, and listens on port {port}"
+            why = f"it needs port {own}, but the executor already listens on port {port}"
             leave_out(each, f"{why}: give listen=, which holds for all launchers")
             continue
         port = own if own not in ("", "0") else port
         hosts[host] = None
-        # What is listened on may be more than that, and nothing that a worker can dial.
+        # The executor may listen on all addresses in the end, which is no address to dial.
         each.network = replace(network, advertise=network.advertise or host)
         ways.append(each)
     if not needs_network:
@@ -109,7 +110,7 @@ def join(candidates: Sequence[Candidate], wanted: str) -> tuple[Network, list[Ca
 
 
 def _on_this_machine(listen: str) -> Network:
-    """Return the way in for workers on this machine, where others are elsewhere."""
+    """Return the network for workers on this machine, while other workers are elsewhere."""
     listen = listen or "127.0.0.1:0"
     host = listen.rpartition(":")[0]
     loopback = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}

@@ -1,7 +1,7 @@
-"""Watching jobs: their states, their workers' ends, and why workers do not come.
+"""Watches jobs: asks the platform how workers ended, and why workers have not connected.
 
-The connection of a worker is the sign that it lives; the platform is asked for the rest. Where
-workers could be started elsewhere, too, those that wait here in vain are ended.
+A worker with a connection is known to be alive, so the platform is asked about the others only. If
+other launchers could start workers, those that wait too long for a place here are ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Elsewhere", "Watcher"]
 _logger = Log()
 
 _POLL_EVIDENCE = 0.5
-"""Seconds between looks at the platform while the end of a lost worker is to be explained."""
+"""Seconds between two requests while the cause of a lost worker's end is looked for."""
 _POLL_WAITING = 1.0
 _POLL_WAITING_LONG = 6.0
 _POLL_SLOWEST = 15.0
@@ -41,21 +41,21 @@ _DIAGNOSE_AFTER = 2.0
 _DIAGNOSE_EVERY = 5.0
 _MOST_ENDS = 5
 _TROUBLE_PATIENCE = 3.0
-"""Seconds for which a submission may fail before its workers are started elsewhere."""
+"""Seconds for which a submission may fail before another launcher starts its workers."""
 _SHARE_OF_TIMEOUT = 2 / 3
-"""Of ``launch_timeout``, for which a worker may wait for a place at most before it is started
-elsewhere: then it would count as failed to start."""
+"""Largest share of ``launch_timeout`` for which a worker may wait for a place before another
+launcher starts it. A worker that waits for all of it would count as failed to start."""
 _SAMPLE = 3
-"""Workers of a job that are asked why they wait."""
+"""Largest number of workers of a job that are looked up to learn why workers wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """What is known of other launchers of the same executor; see ``Launcher.give_way``.
+    """The other launchers of the same executor; see ``Launcher.give_way``.
 
     Attributes:
-        count: Says how many of these launches could be started elsewhere now.
-        patience: Seconds after which a worker waits in vain; ``None``: as the platform says.
+        count: Takes launch ids, and returns how many of these workers others could start now.
+        patience: Seconds that a worker may wait for a place; ``None`` for the platform's default.
     """
 
     count: Callable[[Sequence[str]], int]
@@ -66,12 +66,12 @@ class Watcher:
     """Watches the jobs of one executor.
 
     Args:
-        platform: What is asked.
-        ledger: The jobs.
-        spot: Is told of machines that were taken back, and says which jobs wait in vain.
-        terminate: Ends workers: launch ids, how they are said to have ended.
-        launch_timeout: Seconds in which a worker has to dial back.
-        elsewhere: Where workers can be started that find no place here; ``None``: nowhere.
+        platform: The platform that runs the jobs.
+        ledger: The records of the jobs.
+        spot: Counts reclaimed machines, and decides which jobs have waited in vain.
+        terminate: Ends workers. Takes their launch ids and the end to report.
+        launch_timeout: Seconds within which a worker must connect.
+        elsewhere: Other launchers for workers that find no place here; ``None`` if there are none.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class Watcher:
         self._unreachable = False
 
     def look_soon(self) -> None:
-        """Have the platform asked at once."""
+        """Let the next request to the platform be made at once."""
         self._look.set()
 
     async def watch(self) -> None:
-        """Ask again and again, more often while something is waited for; until cancelled."""
+        """Ask the platform periodically, more often while workers are missing, until cancelled."""
         pause = _POLL_WAITING
         while True:
             pause = self._pause(pause)
@@ -123,12 +123,16 @@ class Watcher:
                         "%s cannot be asked for the state of jobs now: %s", self._platform.name, exc
                     )
             except Exception:
-                # A bug must not end the watch: nobody would learn why workers do not come.
+                # A bug must not end the watch, as then no problem would be reported any more.
                 _logger.exception("internal error while watching jobs")
             pause = min(pause * _POLL_GROWTH, _POLL_SLOWEST)
 
     def _pause(self, pause: float) -> float:
-        """Return how long to wait until the next look, where the last wait was that long."""
+        """Return the seconds until the next request.
+
+        Args:
+            pause: The present pause while workers are missing; it grows with each request.
+        """
         away = [m for job in self._ledger.alive() for _, m in job.waiting()]
         if self._elsewhere is not None:
             away += [m for job in self._ledger.unsubmitted() for _, m in job.waiting()]
@@ -139,14 +143,15 @@ class Watcher:
         return min(max(pause, _POLL_WAITING), _POLL_WAITING_LONG, self._launch_timeout / 6)
 
     async def inspect(self, jobs: Sequence[Job], *, survey: bool = False) -> dict[int, JobStatus]:
-        """Ask for the states of jobs, and of those of their workers that matter.
+        """Ask the platform for the status of jobs, and record it.
 
         Args:
-            jobs: Which.
-            survey: Whether they are taken over: they may have ended long ago, and nobody asks why.
+            jobs: The jobs.
+            survey: Whether the jobs are being taken over. Workers may then have ended long ago, and
+                the causes do not matter.
 
         Returns:
-            What is said of those that the platform knows of, by the numbers of their first workers.
+            The status of each job that the platform knows, by ``Job.first``.
         """
         statuses = await self._platform.describe([self._inspection(job, survey) for job in jobs])
         known: dict[int, JobStatus] = {}
@@ -169,7 +174,7 @@ class Watcher:
         members = job.members.values()
         wanted = [m.index for m in members if m.lost_at is not None and not m.ended]
         if not wanted and time.monotonic() - job.asked_at > _DIAGNOSE_AFTER:
-            # Any one of those that wait says why they do.
+            # A few of the waiting workers are enough, as all wait for the same reason.
             wanted = [m.index for _, m in job.waiting()][:_SAMPLE]
         return Inspection(
             job_id=job.id,
@@ -183,7 +188,7 @@ class Watcher:
         )
 
     def _take(self, job: Job, launch_id: str, status: WorkerStatus, *, late: bool) -> None:
-        """Take in what the platform says of one worker."""
+        """Record the status of one worker, and report an end of it that is new."""
         member = job.members[launch_id]
         if member.ended:
             return
@@ -195,11 +200,11 @@ class Watcher:
                 job.reason = status.reason
             return
         if member.connected:
-            # Its session will end in a moment, and what it still says counts more.
+            # Its session will end in a moment, and the worker itself may still say why.
             member.attempts = len(ends) - 1 if again else member.attempts
             return
         if member.began is None:
-            # It came and went between two looks.
+            # The run has begun and ended between two requests.
             member.spent += [seconds_of(each) for each in ends[member.attempts :]]
         member.attempts = len(ends)
         end = ends[-1] if ends else WorkerEnd()
@@ -209,7 +214,7 @@ class Watcher:
         if end.reclaimed:
             self._spot.note_reclaim(job)
         if again and member.lost_at is None:
-            return  # it never dialed back, and the platform tries it once more
+            return  # it never connected, and the platform starts it once more
         member.gone = over
         told = LaunchEnd(
             str(end.reason),
@@ -222,12 +227,15 @@ class Watcher:
         self._ledger.end(job, launch_id, told, ended_at=ended_at(end) if late else None)
 
     async def _leave_spot(self, jobs: Sequence[Job]) -> None:
-        """Where it is only preferred, have on demand what waits for spare capacity too long."""
+        """With ``spot="prefer"``, end workers that wait too long for spare capacity.
+
+        The executor then requests them again, and they run on demand.
+        """
         full: bool | None = None
         for job in jobs:
             if not self._spot.waits_in_vain(job, time.monotonic()):
                 continue
-            # Their tasks can run on workers of the same size, which have the capacity.
+            # If workers of the same size have a place, the tasks can run there.
             served = any(
                 each.spot and each.size == job.size and each.count(Phase.STARTING, Phase.RUNNING)
                 for each in jobs
@@ -244,7 +252,7 @@ class Watcher:
             self._terminate(waiting, LaunchEnd("there was no Spot capacity", reclaimed=True))
 
     async def _without_place(self, job: Job) -> list[str]:
-        """Return the workers of a job that have no place: the others are paid for."""
+        """Return the launch ids of workers without a place, which cost nothing yet."""
         members = {m.index: launch_id for launch_id, m in job.waiting()}
         known: Mapping[int, WorkerStatus] = {}
         if job.count(Phase.STARTING, Phase.RUNNING):
@@ -258,7 +266,7 @@ class Watcher:
         ]
 
     def _leave_unsubmitted(self, now: float) -> None:
-        """Where they can be started elsewhere, end workers that the platform does not take."""
+        """End workers whose jobs the platform does not accept, if others can start them."""
         if self._elsewhere is None:
             return
         for job in self._ledger.unsubmitted():
@@ -270,7 +278,7 @@ class Watcher:
                 self._leave([launch_id for launch_id, _ in job.waiting()], why)
 
     async def _leave_full(self, jobs: Sequence[Job], now: float) -> None:
-        """Where they can be started elsewhere, end workers that wait for a place in vain."""
+        """End workers that wait too long for a place, if other launchers can start them."""
         for job in jobs:
             if self._elsewhere is None or not job.count(Phase.ACCEPTED, Phase.WAITING):
                 continue
@@ -283,18 +291,18 @@ class Watcher:
 
     async def _leave_job(self, job: Job, why: str) -> None:
         waiting = [launch_id for launch_id, _ in job.waiting()]
-        # Which of them have a place is asked only if some can be started elsewhere.
+        # The platform is asked which of them have a place only if others can start some.
         if self._elsewhere is not None and self._elsewhere.count(waiting):
             self._leave(await self._without_place(job), why)
 
     def _leave(self, launch_ids: Sequence[str], why: str) -> None:
-        """End as many of these workers as can be started elsewhere; the first ones wait on."""
+        """End as many of these workers as other launchers can start; the first ones wait on."""
         if self._elsewhere is not None and launch_ids:
             count = self._elsewhere.count(launch_ids)
             self._terminate(launch_ids[len(launch_ids) - count :], LaunchEnd(why))
 
     def _patience(self) -> float:
-        """Return how long a worker may wait for a place; those before it have to get one, too."""
+        """Return how many seconds a worker may wait for a place; many workers take longer."""
         assert self._elsewhere is not None
         patience = self._elsewhere.patience
         if patience is None:
@@ -303,7 +311,7 @@ class Watcher:
         return min(patience, self._launch_timeout * _SHARE_OF_TIMEOUT)
 
     async def _diagnose(self, jobs: Sequence[Job], now: float) -> None:
-        """While workers are waited for, find out why."""
+        """Find out why workers have not connected, and give them up if that cannot change."""
         missing = sorted((job for job in jobs if any(job.waiting())), key=lambda job: job.asked_at)
         if not missing:
             if any(member.connected for job in jobs for member in job.members.values()):
@@ -330,11 +338,11 @@ class Watcher:
                 if (job.spot, job.size) == (oldest.spot, oldest.size):
                     await self._leave_job(job, reason.text)
         if reason is None or not reason.fatal or ends:
-            return  # a worker that ended fails its own launch, and not those that may do better
+            return  # an ended worker fails only its own launch, as other workers may succeed
         if before != explanation:
             self._diagnosed_at -= _DIAGNOSE_EVERY - 1.0  # look again soon
         else:
-            # Seen twice, and waiting does not change it.
+            # The reason was the same twice, and waiting does not change it.
             waiting = [launch_id for each in missing for launch_id, _ in each.waiting()]
             self._terminate(waiting, LaunchEnd(explanation, fatal=True))
 

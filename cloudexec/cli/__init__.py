@@ -36,8 +36,8 @@ from cloudexec.cli.up import up_command
 __all__ = ["main", "program"]
 
 _COLLECT_AFTER = 50_000
-"""Objects made between two collections of garbage. With Python's 700, collections take a sixth of
-the processor time of a command that imports the AWS SDK, and find nothing."""
+"""Objects that Python creates between two garbage collections. With its default of 700, collections
+take a sixth of the processor time of a command that imports the AWS SDK, and find nothing."""
 
 _USUAL_EXIT_CODES = """\b
 Exit codes:
@@ -47,7 +47,7 @@ Exit codes:
   130  Ctrl-C interrupted the command
   141  the program that read standard output stopped reading
 """
-"""Of a command that does not list its own."""
+"""The exit codes in the help of a command that does not list its own."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,7 +80,7 @@ for _command in (
 
 
 def _list_exit_codes(command: click.Command) -> None:
-    """Have the help of each command say which exit codes it has."""
+    """Add the exit codes to the help of each command."""
     if isinstance(command, click.Group):
         for each in command.commands.values():
             _list_exit_codes(each)
@@ -105,6 +105,6 @@ def main() -> None:
 
 
 def program() -> None:
-    """Run the command line in a process of its own."""
+    """Run the command line as the main program of a process."""
     gc.set_threshold(_COLLECT_AFTER)
     main()

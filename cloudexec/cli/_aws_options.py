@@ -41,7 +41,7 @@ def profile_option(
         from_environment = (
             context.get_parameter_source(str(parameter.name)) is ParameterSource.ENVIRONMENT
         )
-        # In the variable, "local" makes scripts run on this machine; it names no profile.
+        # The value "local" in the variable makes scripts run on this machine. It is no profile.
         return default if from_environment and value in ("", "local") else value
 
     return click.option(

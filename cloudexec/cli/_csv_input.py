@@ -20,7 +20,7 @@ class _Column:
     kind: str
     parse: Callable[[str], object]
     empty: object
-    """The value that is recorded for an empty cell."""
+    """Value that is recorded for an empty cell."""
     is_left_out: bool
     """Whether an empty cell leaves the argument to the function's default."""
 
@@ -65,7 +65,7 @@ class CsvSource:
 
     @property
     def name(self) -> str:
-        """The input as messages call it."""
+        """The input's name in messages."""
         return self._data.name
 
     def bind(self, row: Row) -> Arguments:

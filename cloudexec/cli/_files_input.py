@@ -12,7 +12,7 @@ from cloudexec.cli._parameters import Parameters
 from cloudexec.cli._rows import Arguments, Row
 
 _BESIDE = (".program", ".journal", ".rewriting")
-"""After the output's name, the names of files that belong to it go on like this."""
+"""Suffixes of files that belong to an output. They follow the output's name."""
 
 
 def _is_own(path: str, output: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Follows a run: shows what it prints, asks on Ctrl-C, and brings its files back."""
+"""Follows a run: shows the program's output, asks on Ctrl-C, and brings the run's files back."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = ["Follower", "opened_log"]
 
 _T = TypeVar("_T")
 _WHY_AFTER = 60
-"""Looks, about a second each, after which it is asked why a machine does not come."""
+"""Number of looks, about one per second, between two questions to AWS why a machine is missing."""
 
 
 @contextlib.contextmanager
 def opened_log(path: Path | None) -> Iterator[IO[str] | None]:
-    """Open a file for what a program prints; ``None``: there is to be none.
+    """Open a file for the program's output; ``None``: no file is wanted.
 
     Raises:
-        CommandError: If it cannot be written.
+        CommandError: If the file cannot be written.
     """
     if path is None:
         yield None
@@ -48,7 +48,7 @@ def opened_log(path: Path | None) -> Iterator[IO[str] | None]:
     try:
         yield log
     finally:
-        with contextlib.suppress(OSError):  # each line is written at once, and fails there
+        with contextlib.suppress(OSError):  # errors were raised when each line was written
             log.close()
 
 
@@ -56,11 +56,11 @@ class Follower:
     """Follows one run to its end.
 
     Args:
-        client: Calls AWS.
-        name: The run's.
-        report: Shows a line about the run itself.
-        log: Takes what the program prints, too.
-        folder: Where its files go; ``None``: they stay in the bucket.
+        client: Makes the calls to AWS.
+        name: Name of the run.
+        report: Called with each line about the run itself.
+        log: Gets a copy of the program's output.
+        folder: Folder for the run's files; ``None``: they stay in the bucket.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class Follower:
         self._looks = 0
 
     def follow(self) -> int:
-        """Show what the program prints until it ends; return the command's exit code.
+        """Show the program's output until it ends, and return the command's exit code.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
-            RunError: If the machine was lost, and with it the exit code.
+            RunError: If the machine was lost before it could report the program's exit code.
         """
         log = self._log
         with self._saying_that_it_goes_on(), self._asking_on_interrupt():
@@ -104,13 +104,13 @@ class Follower:
 
     @contextlib.contextmanager
     def _saying_that_it_goes_on(self) -> Iterator[None]:
-        """Say so where the run cannot be followed any longer."""
+        """Tell the user that the run goes on, if an error ends this command before the run."""
         try:
             yield
         except BaseException as exc:
-            # With a ConfigError, there is no such run.
+            # After a ConfigError, there is no such run.
             if self._phase != "ended" and not isinstance(exc, ConfigError):
-                with contextlib.suppress(OSError):  # standard error may be what is broken
+                with contextlib.suppress(OSError):  # writing to standard error may have failed
                     self._say_how_to_go_on("The run goes on.")
             raise
 
@@ -118,18 +118,18 @@ class Follower:
         self._report(f"{self._name}: {exc}; trying again")
 
     def _patiently(self, ask: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """Ask AWS something after the end, when Ctrl-C interrupts at once."""
+        """Make a call after the run's end, and repeat it if it fails. Ctrl-C interrupts at once."""
         return patiently(self._client, ask, time.sleep, self._say_that_it_waits)
 
     def _pause(self, seconds: float) -> None:
         if self._interrupted.wait(seconds) and not self._phase:
-            raise KeyboardInterrupt  # there is no machine yet of which one could be asked
+            raise KeyboardInterrupt  # the run has no machine yet, so there is nothing to ask
 
     # Ctrl-C.
 
     @contextlib.contextmanager
     def _asking_on_interrupt(self) -> Iterator[None]:
-        """Note Ctrl-C instead of interrupting a request; a second one interrupts."""
+        """Note Ctrl-C instead of interrupting a request. A second Ctrl-C interrupts it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -146,9 +146,9 @@ class Follower:
             signal.signal(signal.SIGINT, before)
 
     def _ask(self) -> int | None:
-        """Ask what is to become of the run; return the exit code, or ``None`` to go on."""
+        """Ask the user what to do with the run; return the exit code, or ``None`` to go on."""
         if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
-            # Nobody can be asked, as in a script. What nobody waits for should not cost money.
+            # In a script, nobody can answer. The run is stopped, so that it costs no more money.
             return self._stop()
         click.echo(err=True)
         question = "Stop the run (s), leave it running (l), or go on watching it (Enter)?"
@@ -177,10 +177,10 @@ class Follower:
             ways = f"`cloudexec attach {name}` shows it again, `cloudexec stop {name}` ends it"
         click.echo(f"{text} {ways}.", err=True)
 
-    # What is said of the machine.
+    # Reports on the machine.
 
     def _tell(self, machine: MachineState) -> None:
-        """Say what has changed."""
+        """Report changes of the machine's state."""
         name = self._name
         if machine.attempts > self._attempts and machine.phase != "ended":
             self._report(f"{name}: attempt {machine.attempts} was lost; it is started again")
@@ -194,7 +194,7 @@ class Follower:
             self._looks = 0
         self._looks += 1
         if machine.phase == "waiting" and self._looks % _WHY_AFTER == 0:
-            with contextlib.suppress(AwsError):  # it is asked again later
+            with contextlib.suppress(AwsError):  # the question is repeated later
                 found = self._client.call(self._client.runs.find(name))
                 if why := self._client.call(self._client.runs.why(found)):
                     self._report(f"{name}: still waits: {why}")
@@ -221,7 +221,7 @@ class Follower:
         if unsettled:
             click.echo(f"{self._name}: {unsettled}", err=True)
         if failure:
-            # Also where little is to be said, and whatever the program made of it.
+            # The user must learn this even with --quiet, and whatever the exit code is.
             click.echo(f"{self._name}: {failure}", err=True)
         if info.exit_code is None:
             raise RunError(f"the run {self._name} has no exit code: {why}")
@@ -230,7 +230,7 @@ class Follower:
         return EXIT_FILES_LOST if failure and info.exit_code == 0 else info.exit_code
 
     def _fetch(self, outputs: Sequence[str]) -> str:
-        """Bring the files back; say why that failed, or nothing."""
+        """Bring the files back, and return the reason if that failed."""
         if self._folder is None or not outputs:
             return ""
         where = Path(os.path.abspath(self._folder))

@@ -1,4 +1,4 @@
-"""``cloudexec image push`` without a container engine."""
+"""Pushes images of packages without a container engine, for ``cloudexec image push``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["engine_or_none", "push_layers"]
 
 
 def engine_or_none(spec: ImageSpec) -> Engine | None:
-    """Return the container engine; ``None``: there is none, and the image needs none.
+    """Return the container engine; ``None``: none answers, and this image needs none.
 
     Raises:
-        ConfigError: If the image needs one.
+        ConfigError: If no engine answers, and this image needs one.
     """
     from cloudexec._aws.images import Engine
     from cloudexec._errors import ConfigError
@@ -32,7 +32,7 @@ def engine_or_none(spec: ImageSpec) -> Engine | None:
     except ConfigError:
         if spec.packages or spec.builder:
             raise
-    click.echo("no container engine answers here, and none is needed", err=True)
+    click.echo("no container engine answers here, but none is needed", err=True)
     return None
 
 
@@ -45,14 +45,14 @@ def push_layers(
     *,
     refresh: bool,
 ) -> None:
-    """Make an image of layers, push it, note it in the profile, and print its name.
+    """Make an image of layers, push it, save its name in the profile, and print it.
 
     Args:
         spec: Base, Python, platform and files.
-        source: As for ``Packages``; empty: what ``spec`` says.
+        source: As for ``Packages``; empty: the requirements of ``spec``, or none.
         exclude: As for ``Packages``.
         extra: As for ``Packages``.
-        profile: Whose repository it goes to.
+        profile: Names the repository, and gets the image.
         refresh: Whether to look for a newer base.
 
     Raises:

@@ -49,7 +49,7 @@ def open_source(
         The input's rows.
 
     Raises:
-        CommandError: If the input is not there, malformed, or does not fit the function.
+        CommandError: If the input does not exist, is malformed, or does not fit the function.
     """
     suffix = _suffix(name)
     kind = input_format or _kind(name, suffix)

@@ -39,7 +39,7 @@ def to_json(value: object) -> tuple[str, bool]:
     except BaseException as exc:
         if is_interrupt(exc):
             raise
-        # A value's own methods may raise anything; its row must not be lost for that.
+        # A value's own methods may raise any exception, which must not cost the row its record.
         plain, is_repr = to_plain(value)
         return json.dumps(plain, ensure_ascii=False, allow_nan=False), is_repr
 

@@ -60,7 +60,7 @@ class JsonLinesSource:
         return f"{self.total} row{plural} of JSON Lines ({', '.join(self.columns or ())})"
 
     def rows(self) -> Iterator[Row]:
-        """Read the rows; blank lines are none."""
+        """Read the rows, and skip blank lines."""
         number = 0
         for line_number, line in enumerate(self._lines(), start=1):
             if line_number == 1:

@@ -15,7 +15,7 @@ class JsonLinesFormat:
     """Writes each record as one JSON object on a line of its own."""
 
     def __init__(self, function: str) -> None:
-        """Take what is the same in all records.
+        """Create the format.
 
         Args:
             function: The function's identity, written into each record.
@@ -45,7 +45,7 @@ class JsonLinesFormat:
             f'"seconds": {json.dumps(record.seconds)}, "worker": {json.dumps(record.worker)}, '
             f'"attempts": {json.dumps(record.attempts)}, "function": {self._function}}}\n'
         )
-        # A file's name may hold bytes that are no UTF-8, which Python keeps as lone surrogates:
+        # A file's name may contain bytes that are not UTF-8, which Python keeps as lone surrogates:
         # "backslashreplace" writes them as JSON escapes.
         return line.encode("utf-8", "backslashreplace")
 

@@ -42,7 +42,7 @@ with calls of a millisecond, and small enough that memory does not grow with the
 
 _OK = 0
 _ROW_FAILED = 1
-_SIGNALLED = 128  # plus the signal's number, as shells do
+_SIGNALLED = 128  # the signal's number is added, as shells do
 _SIGPIPE = 13  # not in the signal module on Windows
 
 
@@ -204,7 +204,7 @@ def _check_options(options: MapOptions, *, is_file: bool) -> None:
         if is_given and not is_file:
             raise CommandError(f"{option} is for a file of results: name it with --output")
     if options.is_overwriting and options.is_resuming:
-        raise CommandError("--overwrite starts anew and --resume goes on: give one of them")
+        raise CommandError("--overwrite starts again and --resume continues: give one of them")
     if options.is_overwriting and options.retries_failed:
         raise CommandError("--overwrite leaves no failed rows for --retry-failed: give one of them")
     if path is None or not is_file:

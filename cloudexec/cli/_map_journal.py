@@ -1,8 +1,8 @@
 """The journal that ``cloudexec map`` keeps beside its output, if workers are on other machines.
 
-Such workers survive a command that is killed. If the command is run again, it takes from them, and
-from the journal, the results of rows that did not reach the output. When all rows are in the
-output, the journal is removed.
+Such workers survive a command that is killed. If the command is run again, it takes the results of
+rows that did not reach the output from them, and from the journal. When all rows are in the output,
+the journal is removed.
 """
 
 from __future__ import annotations

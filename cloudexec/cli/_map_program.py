@@ -24,7 +24,7 @@ def this_program(program: Program) -> Manifest:
 
 
 def change(output: Path, manifest: Manifest) -> str:
-    """Say what has changed since an output's rows were made; empty if nothing is known to have."""
+    """Say what has changed since an output's rows were made; empty if no change is known."""
     try:
         before: Any = json.loads(_beside(output).read_bytes())
         return "" if before == manifest else differences(before, manifest)

@@ -39,7 +39,7 @@ def launch_failure(outcome: Outcome) -> str | None:
     from cloudexec import BrokenBatchExecutor, LaunchError, ProtocolError
 
     error = outcome.future.exception()
-    # A function may use cloudexec itself and raise such an error, which is then the row's outcome.
+    # A function may itself use cloudexec and raise such an error. It then is the row's outcome.
     if outcome.future.worker_id is None and is_a(
         error, (LaunchError, BrokenBatchExecutor, ProtocolError)
     ):

@@ -12,7 +12,7 @@ from cloudexec.cli._errors import CommandError, RunError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two runs from writing one output there
+except ImportError:  # on Windows, nothing keeps two runs from writing to the same output
     _HAS_LOCKS = False
 else:
     _HAS_LOCKS = True

@@ -167,7 +167,7 @@ def _type_name(hint: object) -> str | None:
         return _type_name(members[0]) if len(members) == 1 else None
     try:
         return type_names.get(hint if origin is None else origin)
-    except TypeError:  # unhashable, so not one of ours
+    except TypeError:  # an unhashable annotation is none of the known types
         return None
 
 

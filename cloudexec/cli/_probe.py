@@ -32,19 +32,19 @@ def probe(
     advertise: str = "",
     listen: str = "",
 ) -> Check:
-    """Start one worker, let it run a task, and say where the time went.
+    """Start one worker, let it run a task, and report how long each step took.
 
     The function blocks and is no coroutine, so that Ctrl-C ends the executor as usual.
 
     Args:
-        name: Of the profile.
-        checks: Those done before: the probe is skipped where it cannot succeed.
+        name: Name of the profile.
+        checks: The checks made before. If the probe cannot succeed after them, it is skipped.
         timeout: Seconds for the worker to dial back.
-        advertise: What the worker dials; empty: it is found.
-        listen: What is listened on; empty: it is found.
+        advertise: Address that the worker dials; empty: it is found.
+        listen: Address to listen on; empty: it is found.
     """
     if failed := prevents_probe(checks):
-        found = f"cannot succeed before this is mended: {', '.join(failed)}"
+        found = f"cannot succeed before this is repaired: {', '.join(failed)}"
         return Check(name="probe worker", outcome="skipped", found=found)
     from cloudexec import BatchExecutor
     from cloudexec.aws import Batch
@@ -52,7 +52,7 @@ def probe(
     launcher = Batch(profile=name)
     started = time.monotonic()
     try:
-        # One that does not come in time is not replaced: another one would do no better.
+        # A worker that is late is not replaced within this time, as another one would be late, too.
         with BatchExecutor(
             1,
             launcher=launcher,
@@ -60,10 +60,10 @@ def probe(
             advertise=advertise or None,
             listen=listen or None,
         ) as executor:
-            # A builtin: the image need not have what this module imports.
+            # The task is a builtin, because the image need not have the packages of this command.
             future = executor.submit(max, 1, 2)
             try:
-                # A relay, if there is one, comes first.
+                # If there is a relay, it starts before the worker does.
                 future.result(timeout * (2 if launcher.may_start_relay else 1))
             except TimeoutError:
                 why = launcher.explain()
@@ -85,7 +85,7 @@ def probe(
             "first task": launches[0].first_task,
         }
         known = {label: value for label, value in times.items() if value is not None}
-        # An image of the packages that are here, a job definition, a relay: what came before.
+        # Before the launch, an image, a job definition or a relay may have been made.
         known = {"preparation": max(0.0, seconds - sum(known.values())), **known}
         found += ": " + ", ".join(f"{label} {value:.1f} s" for label, value in known.items())
     found += f"; {speed}"
@@ -93,13 +93,13 @@ def probe(
 
 
 def _speed(executor: BatchExecutor) -> str:
-    """Measure how fast the way to the worker is."""
+    """Measure the speed of the connection to the worker."""
     times = []
     for _ in range(_ROUND_TRIPS):
         started = time.monotonic()
         executor.submit(max, 1, 2).result(_SPEED_TIMEOUT)
         times.append(time.monotonic() - started)
-    data = random.randbytes(_SPEED_MIB << 20)  # which nothing on the way can compress
+    data = random.randbytes(_SPEED_MIB << 20)  # random bytes, which nothing can compress
     started = time.monotonic()
     executor.submit(bytes, data).result(_SPEED_TIMEOUT)
     seconds = time.monotonic() - started
@@ -117,7 +117,7 @@ def _remedy(name: str, reason: str) -> str:
     if _UNREACHED.search(reason) and "the relay " in reason:
         return (
             "this machine and the workers must both be able to connect to the relay: "
-            f"`cloudexec logs --profile {name}` shows what the worker says"
+            f"`cloudexec logs --profile {name}` shows the worker's messages"
         )
     if _UNREACHED.search(reason):
         group = Profile.load(name).security_group
@@ -125,7 +125,7 @@ def _remedy(name: str, reason: str) -> str:
         return (
             f"workers must reach the address above: from within the VPC, put this machine into "
             f"the stack's security group{inside}; from elsewhere, forward a port and set "
-            f"CLOUDEXEC_ADVERTISE=HOST:PORT (and CLOUDEXEC_LISTEN=0.0.0.0:PORT where it is another "
-            f"one here), or set CLOUDEXEC_RELAY=true, which starts a relay"
+            f"CLOUDEXEC_ADVERTISE=HOST:PORT (and CLOUDEXEC_LISTEN=0.0.0.0:PORT if the port here is "
+            f"another one), or set CLOUDEXEC_RELAY=true, which starts a relay"
         )
-    return "mend what the message names, then run this command again"
+    return "repair what the message names, then run this command again"

@@ -19,7 +19,7 @@ _FAILURES_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Earlier:
-    """The rows that an output had already when the run began."""
+    """The rows that the output had before the run began."""
 
     rows: int
     """Number of rows."""
@@ -40,13 +40,13 @@ class Report:
         is_quiet: bool,
         shows_progress: bool,
     ) -> None:
-        """Take what is known before the run.
+        """Create the report of a run.
 
         Args:
             label: The function, as the user named it.
             output: The output's name.
             total: Number of rows of the input; ``None`` for a stream.
-            earlier: The rows that the output had already.
+            earlier: The rows that the output had before the run.
             is_quiet: Whether to show errors only.
             shows_progress: Whether a progress bar may be drawn.
         """
@@ -168,7 +168,7 @@ class ReportHandler(logging.Handler):
     """Shows the output of workers, and warnings, above the progress bar."""
 
     def __init__(self, report: Report) -> None:
-        """Take the report that shows the lines."""
+        """Create a handler for a report, which shows the lines."""
         super().__init__()
         self._report = report
 

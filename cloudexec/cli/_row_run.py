@@ -59,7 +59,7 @@ class SignalInterrupt(KeyboardInterrupt):
     """A signal asked for the end of the run."""
 
     def __init__(self, number: int = 2) -> None:
-        """Take the signal's number."""
+        """Create the exception for a signal's number."""
         super().__init__(number)
         self.number = number
 

@@ -26,19 +26,19 @@ Exit codes:
     "--log-file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write what the program prints into a file, too.",
+    help="Write the program's output to a file, too.",
 )
-@click.option("--no-fetch", is_flag=True, help="Leave its files in the bucket.")
+@click.option("--no-fetch", is_flag=True, help="Leave the run's files in the bucket.")
 @click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Show only what the program prints.")
 @profile_option("Look for the run in this profile.")
 @ends_well
 def attach_command(
     run: str, log_file: Path | None, no_fetch: bool, is_quiet: bool, profile: str | None
 ) -> int:
-    """Show what a program prints that `cloudexec run` has started, from its first line on.
+    """Show the output of a program that `cloudexec run` has started, from its first line on.
 
-    When it has ended, its files come back to the same places below the current folder. Any number
-    of commands on any number of machines may follow the same run.
+    When the program has ended, its files come back to the same places below the current folder. Any
+    number of commands, on any number of machines, may follow the same run.
     """
     from cloudexec._runs.run import RunsClient
     from cloudexec.cli._following import Follower, opened_log

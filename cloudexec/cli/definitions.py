@@ -207,7 +207,7 @@ def register_command(
 Exit codes:
   0    all definitions were removed, or there were none
   1    you said no
-  2    the command line is wrong, or nobody is there to confirm
+  2    the command line is wrong, or nobody can answer the question
   3    AWS refused to remove some, or cannot be reached
   130  Ctrl-C interrupted the command
 """,

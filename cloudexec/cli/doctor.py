@@ -1,4 +1,4 @@
-"""``cloudexec doctor``: check a set-up, and say what to do about each thing that is wrong."""
+"""``cloudexec doctor``: check a set-up, and say how to repair it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _HELP = """Check a set-up: credentials, stack, queues, quotas, image, roles, key, network.
 
-The command starts one worker, which connects to this machine and runs a task, and shows where the
-time went. With --dry, it starts nothing. For each thing that is wrong, it says what to do.
+The command starts one worker, which connects to this machine and runs a task, and shows how long
+each step took. With --dry, it starts nothing. For each failed check, it says what to do.
 """
 
 _EPILOG = """\b
@@ -44,13 +44,13 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"
     "--advertise",
     metavar="HOST[:PORT]",
     default="",
-    help="What workers dial, as the option of BatchExecutor.  [env: CLOUDEXEC_ADVERTISE]",
+    help="Address that workers dial, as for BatchExecutor.  [env: CLOUDEXEC_ADVERTISE]",
 )
 @click.option(
     "--listen",
     metavar="HOST:PORT",
     default="",
-    help="What this machine listens on, if that differs.  [env: CLOUDEXEC_LISTEN]",
+    help="Address to listen on, if it is another one.  [env: CLOUDEXEC_LISTEN]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(

@@ -117,5 +117,5 @@ def _losses(stock: Stock) -> list[str]:
     if stock.definitions:
         losses.append(counted(stock.definitions, "job definition"))
     if stock.stack is not None:
-        losses.append("its queues, roles, logs, and the key by which workers are let in")
+        losses.append("its queues, roles, logs, and the key of its workers")
     return losses

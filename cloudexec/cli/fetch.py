@@ -18,24 +18,24 @@ from cloudexec.cli._aws_options import ends_well, profile_option
     type=click.Path(file_okay=False, path_type=Path),
     default=Path(),
     metavar="DIR",
-    help="Folder below which they go; by default the current one.",
+    help="Folder below which the files go; by default the current one.",
 )
 @click.option(
     "--delete",
     "deletes",
     is_flag=True,
-    help="Delete what the bucket has of the run then. It must have ended.",
+    help="Then delete everything that the bucket has of the run, which must have ended.",
 )
 @profile_option("Look for the run in this profile.")
 @ends_well
 def fetch_command(run: str, folder: Path, deletes: bool, profile: str | None) -> int:
-    """Bring back the files that a run has written into its outputs, also while it runs.
+    """Bring back the files that a run has written into its outputs, even while it runs.
 
-    They go to the same places below the folder as in the run, and replace files of the same name.
-    A file that is there already with the same content is not fetched again.
+    The files go to the same places below the folder as in the run, and replace files of the same
+    name. If a file exists with the same content, it is not fetched again.
 
-    With --delete, files that the bucket has lost are named, and the exit code is 3. If a file
-    cannot be written here, nothing is deleted.
+    With --delete, the command names files that the bucket has lost, and then has exit code 3. If a
+    file cannot be written here, nothing is deleted.
     """
     from cloudexec._runs.run import RunsClient
 
@@ -47,7 +47,7 @@ def fetch_command(run: str, folder: Path, deletes: bool, profile: str | None) ->
 
     with RunsClient(profile) as client:
         where = Path(os.path.abspath(folder))
-        # What the bucket has lost would keep the rest of the run there for ever.
+        # With --delete, lost files are only reported: otherwise the run could never be deleted.
         files = client.call(client.runs.fetch(run, where, report if deletes else None))
         for each in files:
             click.echo(str(folder / each.path))

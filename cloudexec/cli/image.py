@@ -27,7 +27,7 @@ Examples:
   cloudexec image use 123456789012.dkr.ecr.us-east-1.amazonaws.com/ours:latest
 """
 _IMAGE_LARGEST = 255
-"""AWS Batch API Reference, "ContainerProperties"."""
+"""Most characters of an image's name. AWS Batch API Reference, "ContainerProperties"."""
 
 
 _platform_option = click.option(
@@ -40,7 +40,7 @@ _platform_option = click.option(
 _python_option = click.option(
     "--python",
     default=_LOCAL_PYTHON,
-    show_default="the one that runs this",
+    show_default="the one that runs this command",
     metavar="X.Y",
     help="Minor version of Python; the scripts that use the image must have the same.",
 )
@@ -53,7 +53,7 @@ def _image_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "packages",
             multiple=True,
             metavar="PKG",
-            help="Debian package to install as well. Can be repeated.",
+            help="Debian package to add. Can be repeated.",
         ),
         click.option(
             "--wheelhouse",
@@ -137,8 +137,8 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
     "source",
     default="",
     metavar="here|none|FILE",
-    help="Make the image without a container engine, of the packages that are installed here, of "
-    "none but the worker's own, or of those in a requirements file, pyproject.toml or uv.lock.",
+    help="Make the image without a container engine: with the packages that are installed here, "
+    "only the worker's own, or those of a requirements file, pyproject.toml or uv.lock.",
 )
 @click.option(
     "--exclude", multiple=True, metavar="NAME", help="Package to leave out. Can be repeated."
@@ -147,13 +147,11 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
     "--extra",
     multiple=True,
     metavar="REQUIREMENT",
-    help="Package to add, or its other version. Can be repeated.",
+    help="Package to add, or to install in another version. Can be repeated.",
 )
 @_image_options
 @_building_options
-@profile_option(
-    "Profile whose repository the image goes to, and which then uses it.", default="default"
-)
+@profile_option("Profile that names the repository, and then uses the image.", default="default")
 @ends_well
 def push_command(
     source: str,
@@ -167,7 +165,7 @@ def push_command(
     """Build the image if need be, push it to the profile's repository, and print its name.
 
     From then on, executors with this profile and this Python version use it. With --packages, or
-    where no container engine answers, the image is made of layers that are packed and sent here.
+    if no container engine answers, the image is made of layers that are packed and sent here.
     """
     import asyncio
 
@@ -205,14 +203,14 @@ def push_command(
     click.echo(pushed.uri)
 
 
-@image_command.command("use", short_help="Have the profile use an image that was pushed elsewhere.")
+@image_command.command("use", short_help="Use an image that was pushed elsewhere.")
 @click.argument("image", metavar="IMAGE")
 @_python_option
 @_platform_option
-@profile_option("Profile that notes the image.", default="default")
+@profile_option("Profile that then uses the image.", default="default")
 @ends_well
 def use_command(image: str, python: str, platform: str, profile: str) -> None:
-    """Note an image in the profile that somebody else has built and pushed, and print its name.
+    """Save in the profile an image that another person has built and pushed, and print its name.
 
     From then on, executors with this profile and this Python version use it. It must be made like
     the images of `cloudexec image build`. In Amazon ECR, a tag is replaced by its digest.
@@ -227,7 +225,7 @@ def use_command(image: str, python: str, platform: str, profile: str) -> None:
     noted = Profile.load(profile)
     if not 1 <= len(image) <= _IMAGE_LARGEST or any(letter.isspace() for letter in image):
         raise CommandError(
-            f"an image is named by 1 to {_IMAGE_LARGEST} characters without blanks, not {image!r}"
+            f"an image's name has 1 to {_IMAGE_LARGEST} characters without blanks, not {image!r}"
         )
 
     async def pin() -> str:
@@ -242,13 +240,13 @@ def use_command(image: str, python: str, platform: str, profile: str) -> None:
 
 
 @image_command.command(
-    "show", short_help="Show what would be built, and what is in use.", epilog=_EPILOG
+    "show", short_help="Show which image would be built, and which is in use.", epilog=_EPILOG
 )
 @_image_options
 @profile_option("Profile whose images to show.", default="default")
 @ends_well
 def show_command(profile: str, **options: Any) -> None:
-    """Show which image would be built, whether it is here, and which one the profile uses."""
+    """Show which image would be built, whether it exists here, and which one the profile uses."""
     from cloudexec._aws.image_contents import worker_pins
     from cloudexec._aws.images import Engine, plan
     from cloudexec._aws.profile import Profile
@@ -266,7 +264,7 @@ def show_command(profile: str, **options: Any) -> None:
     except CloudexecError as exc:
         click.echo(f"tag       not known: {exc}")
     if profile not in Profile.names():
-        click.echo(f"profile   there is none of the name {profile}; `cloudexec up` makes one")
+        click.echo(f"profile   there is no profile {profile}; `cloudexec up` creates one")
         return
     images = Profile.load(profile).images
     click.echo(f"profile   {profile}{'' if images else ': no image yet'}")

@@ -53,8 +53,8 @@ def jobs_command(
     """Show jobs in AWS Batch, the newest first. Batch remembers them for 7 days or more.
 
     A job is one worker, or an array of many. AGE counts from when it was submitted, and WORKER TIME
-    adds up how long each of its workers has run. A worker that was told to end, because it was not
-    needed any more, has `ended`: AWS Batch itself calls it failed.
+    adds up how long each of its workers has run. A worker that was told to end, because its
+    executor did not need it any more, has `ended`: AWS Batch itself calls it failed.
 
     `cloudexec logs` and `cloudexec stop` accept what the column JOB shows, or the job's ID.
     """

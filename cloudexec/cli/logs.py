@@ -36,7 +36,7 @@ def logs_command(
     """Print the log of a worker from CloudWatch Logs: how it started, and why it ended.
 
     The output of tasks is not in the log: it goes to the program that submitted them. The log of a
-    run is what its program has printed.
+    run is the output of its program.
 
     \b
     RUN|JOB|WORKER is one of

@@ -23,7 +23,7 @@ INPUT is one of
 RESULTS are written as calls finish, one line of JSON (or CSV) for each row. A line has "row" (the
 row's number, from 1), "input", "value", "seconds", "worker", "attempts" and "function". If the call
 failed, it has "error" instead of "value", with "type", "message" and "traceback". Values that JSON
-does not know are written in the closest form that it knows; where only repr() is left,
+cannot hold are written in the closest form that it can; if only repr() is left,
 "value_has_repr" says so. In CSV, the parts of inputs and of dicts that FUNCTION returns have
 columns of their own, such as input.NAME and value.KEY.
 
@@ -164,7 +164,7 @@ def _parse_output(
     is_flag=True,
     help="Keep the rows that are in --output, even if the code has changed since.",
 )
-@click.option("--overwrite", "is_overwriting", is_flag=True, help="Begin anew instead of resuming.")
+@click.option("--overwrite", "is_overwriting", is_flag=True, help="Run all rows again.")
 @click.option(
     "--input-format",
     type=click.Choice(["csv", "jsonl", "files"]),
@@ -198,7 +198,7 @@ def _parse_output(
     "--dry-run",
     "is_dry_run",
     is_flag=True,
-    help="Check everything, say what would be run, and end.",
+    help="Check everything, show what would be run, and end.",
 )
 @click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Show nothing but errors.")
 def map_command(fail_fast: bool, max_failures: int | None, **options: object) -> int:

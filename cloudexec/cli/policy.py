@@ -6,11 +6,12 @@ import click
 
 from cloudexec.cli._aws_options import ends_well
 
-_HELP = """Print the IAM policy that people need who run executors, and no more than that.
+_HELP = """Print the minimal IAM policy for people who run executors.
 
 With a profile, the policy names the resources of its stack. Without one, it has patterns for any
-stack of cloudexec, and needs to know the partition that the account is in: `aws`, but for accounts
-in China, `aws-cn`, and in GovCloud, `aws-us-gov`. A policy for another one allows nothing.
+stack of cloudexec, and needs to know the account's partition: `aws-cn` for accounts in China,
+`aws-us-gov` for accounts in GovCloud, and `aws` for all others. In another partition than the
+account's, a policy allows nothing.
 
 People who run `cloudexec up` or `down` need more: they must be allowed to create and delete what
 `cloudexec template` contains.
@@ -27,7 +28,7 @@ People who run `cloudexec up` or `down` need more: they must be allowed to creat
 @click.option(
     "--partition",
     metavar="NAME",
-    help="Partition of the account, where no profile is given: aws, aws-cn, aws-us-gov.",
+    help="Partition of the account, if no profile is given: aws, aws-cn, aws-us-gov.",
 )
 @ends_well
 def policy_command(name: str | None, partition: str | None) -> int:

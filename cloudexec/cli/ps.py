@@ -70,7 +70,7 @@ def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: b
             count = each.without_client
             click.echo(
                 f"{count} worker{'' if count == 1 else 's'} of {each.id} could not reach the "
-                f"program. If it has ended, `cloudexec stop --executor {each.id}` ends those that "
-                f"still wait.",
+                f"program. If it has ended, `cloudexec stop --executor {each.id}` ends the workers "
+                f"that still wait.",
                 err=True,
             )

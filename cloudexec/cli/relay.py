@@ -32,7 +32,7 @@ def relay_command(listen: str, idle: float, profile: str) -> int:
 
     The relay joins the connections of workers with those of their clients, and passes bytes on. It
     cannot read them, because TLS protects them between worker and client. It reads the stack's key
-    from Secrets Manager, to check who belongs to the stack, and ends when it is not used any more.
+    from Secrets Manager, to check who belongs to the stack, and ends when nobody uses it any more.
 
     A script uses it with Batch(relay="HOST:PORT"), or with CLOUDEXEC_RELAY=HOST:PORT.
     """

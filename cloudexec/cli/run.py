@@ -31,11 +31,11 @@ Exit codes:
 
 
 _WHOLE = "\0"
-"""Set before a word that is not to be taken apart: no argument of a program has it."""
+"""Prefix of words that click must not split. No argument of a program can contain it."""
 
 
 class _RunCommand(click.Command):
-    """Takes its own options wherever they stand, and leaves all others to the program."""
+    """Accepts its own options anywhere on the command line, and leaves others to the program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "--" in args:
@@ -44,16 +44,16 @@ class _RunCommand(click.Command):
         return super().parse_args(ctx, args)
 
     def make_parser(self, ctx: click.Context) -> Any:
-        """Return a parser that takes no word with a single hyphen apart.
+        """Return a parser that does not split a word after a single hyphen.
 
-        A program may have -seed, which is not -s -e -e -d.
+        An option -seed of a program must not become -s -e -e -d.
         """
         parser: Any = super().make_parser(ctx)
         divide = parser.parse_args
 
         def parse_args(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
             values, rest, order = divide([_protected(each) for each in args])
-            # Before values are checked and converted.
+            # The prefix is removed before click checks and converts the values.
             return {name: _bare(value) for name, value in values.items()}, _bare(rest), order
 
         parser.parse_args = parse_args
@@ -102,17 +102,17 @@ def _variables(
 @click.option("--arch", type=click.Choice(["x86_64", "arm64"]), default="x86_64", show_default=True)
 @click.option("--spot", is_flag=True, help="Use spare capacity, which AWS may take back.")
 @click.option("--on", default="batch", show_default=True, metavar="PLACE", help="batch.")
-@click.option("--name", default="", metavar="NAME", help="Of the run; by default one is made.")
+@click.option("--name", default="", metavar="NAME", help="Name of the run; by default a new one.")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the journal and the files of an ended run of that name, if there is one.",
+    help="Continue an ended run of that name with its journal and files, if there is one.",
 )
 @click.option(
     "--files",
     multiple=True,
     metavar="PATH",
-    help="Send a file, a folder or a 'pattern' as well. Can be repeated.",
+    help="Send this file, folder or 'pattern', too. Can be repeated.",
 )
 @click.option(
     "--outputs",
@@ -125,13 +125,13 @@ def _variables(
     multiple=True,
     metavar="NAME[=VALUE]",
     callback=_variables,
-    help="Set a variable, by default as it is here. It goes through the bucket only.",
+    help="Set a variable; without VALUE, as it is here. It goes through the bucket only.",
 )
-@click.option("--image", metavar="IMAGE", help="Run in this image.")
+@click.option("--image", metavar="IMAGE", help="Run the program in this image.")
 @click.option(
     "--packages",
     metavar="here|none|FILE",
-    help="Have these packages; by default the profile's image, or here if it has none.",
+    help="Install these packages; by default the profile's image, or here if it has none.",
 )
 @click.option(
     "--max-hours",
@@ -147,12 +147,12 @@ def _variables(
     metavar="USD",
     help="End the machine, and workers of executors in it, before they cost more.",
 )
-@click.option("--project", default="", metavar="NAME", help="Goes into a tag, for the bill.")
+@click.option("--project", default="", metavar="NAME", help="Name that goes into a tag.")
 @click.option(
     "--log-file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write what the program prints into a file, too.",
+    help="Write the program's output to a file, too.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Print the run's name, and do not wait.")
 @click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Show only what the program prints.")
@@ -172,16 +172,15 @@ def run_command(
 ) -> int:
     """Run a script, a notebook, a module (-m) or a command (after --) on one machine in AWS.
 
-    The machine has the packages that are installed here, or the profile's image. The script's own
-    modules are sent, and files that --files names. What the program prints appears here, with a
-    delay of some seconds, and files in --outputs come back at the end.
+    The machine has the packages that are installed here, or the profile's image. The command sends
+    the script's own modules, and the files that --files names. The program's output appears here
+    with a delay of some seconds, and files in --outputs come back at the end.
 
-    The run goes on if this command is killed or the machine here is off: `cloudexec runs` lists
-    runs, and `cloudexec attach`, `logs`, `stop` and `fetch` take its name. Ctrl-C asks whether it
-    is to be stopped.
+    The run goes on if this command is killed or this computer is switched off. `cloudexec runs`
+    lists runs, and `cloudexec attach`, `logs`, `stop` and `fetch` take a run's name. Ctrl-C asks
+    whether to stop the run.
 
-    Options of this command may stand behind the script. What stands behind -- is left to the
-    program.
+    Options of this command may follow the script. All words after -- belong to the program.
     """
     from cloudexec._runs.run import RunsClient, make_request
     from cloudexec.cli._following import Follower, opened_log
@@ -198,14 +197,14 @@ def run_command(
 
     if detach and log_file is not None:
         raise CommandError(
-            "--detach does not wait for what the program prints, so there is nothing for "
+            "--detach does not wait for the program's output, so nothing could be written to "
             "--log-file: give it to `cloudexec attach`"
         )
-    # Opened first: nothing is started if it cannot be written.
+    # The log is opened first, so that nothing is started if it cannot be written.
     with opened_log(log_file) as log, RunsClient(profile) as client:
         plan = client.call(client.runs.start(request, report))
         if detach:
-            report(f"`cloudexec attach {plan.name}` shows what it prints")
+            report(f"`cloudexec attach {plan.name}` shows the program's output")
             click.echo(plan.name)
             return 0
         return Follower(client, plan.name, report, log=log).follow()

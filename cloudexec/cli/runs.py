@@ -1,4 +1,4 @@
-"""``cloudexec runs``: the programs that were started with ``cloudexec run``."""
+"""``cloudexec runs``: list the programs that ``cloudexec run`` has started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 from cloudexec.cli._aws_options import echo_json, ends_well, profile_option
 
 
-@click.command("runs", short_help="Show programs started with `cloudexec run`.")
+@click.command("runs", short_help="Show programs that `cloudexec run` has started.")
 @click.option("--active", "is_active", is_flag=True, help="Show only runs that have not ended.")
 @click.option(
     "-n",
@@ -22,11 +22,11 @@ from cloudexec.cli._aws_options import echo_json, ends_well, profile_option
 @profile_option("Look at the runs of this profile.")
 @ends_well
 def runs_command(is_active: bool, limit: int, as_json: bool, profile: str | None) -> None:
-    """Show programs that were started with `cloudexec run`, the newest first.
+    """Show programs that `cloudexec run` has started, the newest first.
 
-    They are those that the profile's bucket knows, no matter who started them, and on which
-    machine. COST is the list price of the machine and of workers that executors in it have started,
-    up to now; "~" marks an estimate.
+    The list has all runs in the profile's bucket, whoever started them, on whatever machine. COST
+    is the list price of the machine, and of the workers of executors in the run, up to now; "~"
+    marks an estimate.
     """
     from cloudexec._runs.run import RunsClient
     from cloudexec.cli._table import Column, duration, memory, show, since, usd

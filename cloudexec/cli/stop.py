@@ -1,4 +1,4 @@
-"""``cloudexec stop``: end jobs, also those of other users."""
+"""``cloudexec stop``: end jobs, including those of other users."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EPILOG = """\b
 Exit codes:
   0    all jobs were told to stop, or there were none
   1    you said no
-  2    the command line is wrong, or nobody is there to confirm
+  2    the command line is wrong, or nobody can answer the question
   3    AWS refused to stop some jobs, or cannot be reached
   130  Ctrl-C interrupted the command
 """
@@ -53,11 +53,11 @@ def stop_command(
 ) -> None:
     """Stop jobs in AWS Batch, and with them their workers, after showing them.
 
-    A JOB may be the name of a run of `cloudexec run`: then the workers of executors in it are
-    stopped, too. A run that is prepared, and has no job yet, gets none.
+    JOB may be the name of a run of `cloudexec run`: this also stops the workers of executors in the
+    run. If the run is still being prepared and has no job, it never gets one.
 
     Workers receive SIGTERM and have 30 seconds to end. An executor that still runs may start new
-    ones: end it on its own machine, or stop its jobs again.
+    workers: end it on its own machine, or stop its jobs again.
     """
     from cloudexec._aws.monitor import Monitor
     from cloudexec._aws.names import RUN_EXECUTOR
@@ -66,7 +66,7 @@ def stop_command(
     if not targets and executor is None and not is_all and older_than is None:
         raise CommandError("say what to stop: a JOB, --executor ID, --older-than TIME or --all")
     if is_all and (targets or executor is not None):
-        raise CommandError("--all stops everything: it goes with no JOB and no --executor")
+        raise CommandError("--all stops everything: give no JOB and no --executor with it")
     unlisted: list[str] = []
     with Monitor(profile, region) as monitor:
         try:
@@ -93,7 +93,7 @@ def stop_command(
             question = f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?"
             if not confirmed(question):
                 _say_nothing_was_stopped()
-        # Stop exactly the jobs that were shown, and none that has started since.
+        # Stop exactly the jobs that were shown, and no job that was started since then.
         stopped = (
             monitor.stop(
                 job=[job.id for job in jobs],
@@ -129,7 +129,7 @@ def _say_nothing_was_stopped() -> None:
 
 
 def _runs_among(names: Iterable[str], profile: str | None) -> list[str]:
-    """Return which names are those of runs that are prepared, or whose jobs are not listed yet."""
+    """Return the names of runs that are being prepared, or whose jobs AWS does not list yet."""
     from cloudexec._runs.run import RunsClient
 
     found = []
@@ -152,15 +152,15 @@ def _stop_runs(names: Sequence[str], profile: str | None) -> list[str]:
 
 
 def _forget_variables(runs: Iterable[str], stopped: Sequence[str], profile: str | None) -> None:
-    """Delete the variables of runs from the bucket, as their machines may not come to that.
+    """Delete the runs' variables from the bucket, as a stopped machine may not get to do that.
 
-    Where that fails, the next look at the run does it.
+    If that fails, the next look at the run does it.
     """
     from cloudexec._runs.run import RunsClient
 
     with contextlib.suppress(CloudexecError), RunsClient(profile) as client:
         for name in runs:
-            # Another stack may have a run of that name, whose job was stopped.
+            # The stopped job may be of a run with this name in another stack.
             with contextlib.suppress(CloudexecError):
                 client.call(client.runs.forget_variables(name, stopped))
 

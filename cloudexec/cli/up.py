@@ -1,4 +1,4 @@
-"""``cloudexec up``: set up what workers on AWS need."""
+"""``cloudexec up``: set up the AWS resources that workers need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import click
 
-_HELP = """Set up what workers on AWS need, and write a profile for executors.
+_HELP = """Set up the AWS resources that workers need, and write a profile for executors.
 
 The command creates one CloudFormation stack, cloudexec-NAME. It has queues and compute environments
 of AWS Batch for Fargate and Fargate Spot (and EC2, if asked for), roles, security groups, a
@@ -14,8 +14,8 @@ bucket, an image repository, a log group, and a secret with the key by which wor
 are. While no worker runs, only the secret costs something, less than a dollar a month, and the
 images and objects that you store.
 
-The same command again brings the stack up to date; options that are not given stay as they are.
-After an interruption, it continues with what is there. `cloudexec down` removes everything.
+The same command again updates the stack; options that are not given stay as they are. After an
+interruption, it continues. `cloudexec down` removes everything.
 """
 
 _EPILOG = """\b
@@ -32,7 +32,7 @@ Exit codes:
     "up",
     help=_HELP,
     epilog=_EPILOG,
-    short_help="Set up what workers on AWS need.",
+    short_help="Set up the AWS resources that workers need.",
     context_settings={"max_content_width": 100},
 )
 @click.option(
@@ -71,9 +71,9 @@ Exit codes:
     "--with",
     "launchers",
     metavar="LIST",
-    help="Launchers that the stack is for, with commas between: batch, which it always is for, "
-    "fargate, for which it has a cluster of Amazon ECS, and ec2, for which it has a role of "
-    "instances; at first batch.",
+    help="Launchers that can use the stack, with commas between: batch, which always can, fargate, "
+    "which needs a cluster of Amazon ECS in the stack, and ec2, which needs a role of instances in "
+    "it; at first batch.",
 )
 @click.option(
     "--public-ip/--no-public-ip",
@@ -99,20 +99,20 @@ Exit codes:
     "--adopt",
     default="",
     metavar="STACK",
-    help="Use a stack that somebody else deployed from `cloudexec template`, and change nothing "
-    "in it: only write the profile.",
+    help="Use a stack that another person deployed from `cloudexec template`. Nothing in it is "
+    "changed; the command only writes the profile.",
 )
 @click.option(
     "--permissions-boundary",
     metavar="ARN",
-    help="Policy that bounds the roles of the stack, where the account demands one; '' for none.",
+    help="Permissions boundary of the stack's roles, if the account demands one; '' for none.",
 )
 @click.option(
     "--tag",
     "tags",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Tag of a new stack and of all in it that can have tags. Can be repeated.",
+    help="Tag of a new stack and of all its resources that can have tags. Can be repeated.",
 )
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 def up_command(
@@ -172,12 +172,12 @@ def up_command(
         async with AwsClients(region or region_of(name)) as clients:
             stack = await find_stack(clients, stack_id)
             identity = await clients.call("sts", "get_caller_identity")
-            what = "Create the stack" if stack is None else "Bring up to date the stack"
+            what = "Create the stack" if stack is None else "Update the stack"
             return f"{what} {stack_id} in account {identity['Account']}, {clients.region}?"
 
     if adopt and options != SetupOptions(name=name, project=project):
         raise CommandError(
-            "--adopt changes nothing in the stack: it goes with --name and --project"
+            "--adopt changes nothing in the stack: give only --name and --project with it"
         )
     # The question is asked outside of the event loop, so that Ctrl-C interrupts it.
     if (
@@ -217,7 +217,7 @@ def _pairs(tags: tuple[str, ...]) -> dict[str, str]:
 
     pairs = dict(each.partition("=")[::2] for each in tags)
     if wrong := [each for each in tags if "=" not in each]:
-        raise CommandError(f"--tag is KEY=VALUE, not {wrong[0]!r}")
+        raise CommandError(f"--tag must be KEY=VALUE, not {wrong[0]!r}")
     return pairs
 
 

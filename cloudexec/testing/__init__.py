@@ -1,9 +1,9 @@
 """Tools for testing programs that use or extend cloudexec: fakes of workers, launchers and AWS.
 
 ``check_launcher`` checks whether an executor can rely on a launcher. ``ManualLauncher`` starts no
-worker; a test tells it what happened. ``SimulatedWorker`` uses the real protocol with a real
-executor, and answers tasks without running them. ``FakeAWS`` emulates AWS on this machine and runs
-real workers (``pip install 'cloudexec[testing]'``).
+worker; a test reports to the executor what happened. ``SimulatedWorker`` speaks the real protocol
+with a real executor, and answers tasks without running them. ``FakeAWS`` emulates AWS on this
+machine and runs real workers (``pip install 'cloudexec[testing]'``).
 """
 
 from __future__ import annotations

@@ -23,13 +23,13 @@ from cloudexec.testing import FakeAWS
     show_default=True,
     help="Whether jobs are processes, or containers of the engine at DOCKER_HOST.",
 )
-@click.option("--region", default="us-east-1", show_default=True, help="The region it plays.")
+@click.option("--region", default="us-east-1", show_default=True, help="Region for clients.")
 @click.option(
     "--capacity",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Jobs that may run at once.",
+    help="Most jobs that run at once.",
 )
 @click.option(
     "--registry",

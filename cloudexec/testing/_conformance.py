@@ -39,8 +39,8 @@ def check_launcher(
 
     A ``PlatformLauncher`` is first asked to run, find, end and describe jobs whose workers find no
     executor. Then, with any launcher, executors run tasks, map over two workers, let idle workers
-    go and have new ones, lose workers in the middle of a task, and cancel what waits. After each
-    of them nothing may be left running.
+    end and start new ones, lose workers in the middle of a task, and cancel waiting tasks. After
+    each of these checks, nothing may be left running.
 
     Args:
         launcher: The launcher, with all settings that it needs. No executor may use it meanwhile,
@@ -94,16 +94,16 @@ class _Check:
     def all(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Yield all checks that apply, with their names."""
         if isinstance(self._launcher, PlatformLauncher):
-            yield "a job is taken, found, described and ended", self._platform_keeps_its_word
+            yield "a job is submitted, found, described and ended", self._platform_keeps_its_word
         yield "calls return and raise", self._calls_return_and_raise
         yield "several workers share the work", self._workers_share_the_work
         yield "idle workers end and new ones come", self._idle_workers_end
         yield "work goes on after workers were lost", self._lost_workers_are_replaced
-        yield "workers that are not needed any more are withdrawn", self._launches_are_withdrawn
+        yield "workers are withdrawn when no task needs them", self._launches_are_withdrawn
         if self._fail_next is not None:
-            yield "failed submissions are tried again or told", self._failures_are_told
+            yield "failed submissions are tried again or reported", self._failures_are_told
 
-    # The platform alone.
+    # Checks of the platform without an executor.
 
     def _platform_keeps_its_word(self) -> None:
         assert isinstance(self._launcher, PlatformLauncher)
@@ -125,7 +125,7 @@ class _Check:
             yield await in_time(entering, "connect()", self._timeout)
             await in_time(stack.aclose(), "the end of connect()", self._timeout)
 
-    # Executors.
+    # Checks with executors.
 
     @contextlib.contextmanager
     def _executor(self, **options: Any) -> Iterator[BatchExecutor]:

@@ -133,7 +133,7 @@ class ManualLauncher(Launcher):
     def __repr__(self) -> str:
         return f"ManualLauncher(slots_per_worker={self._slots_per_worker})"
 
-    # For the test, which plays the platform.
+    # Methods for the test, which plays the platform.
 
     @property
     def running(self) -> list[str]:
@@ -175,7 +175,7 @@ class ManualLauncher(Launcher):
             launch_id: The launch. If its end was reported already, this does nothing.
             reason: The reason, for messages.
             killed: Whether it was killed from outside.
-            fatal: Whether trying again cannot help.
+            fatal: Whether another try would fail, too.
 
         Raises:
             ValueError: If there was no such launch.

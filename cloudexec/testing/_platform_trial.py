@@ -69,7 +69,7 @@ async def in_time(request: Awaitable[T], what: str, patience: float) -> T:
 
 
 def all_ended(status: JobStatus, workers: int = 0) -> bool:
-    """Say whether no worker is left, and at least ``workers`` of them have ended."""
+    """Return whether no worker is left, and at least ``workers`` of them have ended."""
     left = sum(count for phase, count in status.counts.items() if phase is not Phase.ENDED)
     return not left and status.counts.get(Phase.ENDED, 0) >= workers
 
@@ -180,7 +180,7 @@ class PlatformTrial:
         others = await self._in_time(platform.describe([nobody]), "describe()")
         _expect(
             "no-such-job" not in others,
-            "describe() knows a job that there is none of: it must leave out what it does not know",
+            "describe() returned a job that does not exist: it must leave out unknown jobs",
         )
         waiting = WaitingJob(job_id=submitted.job_id, spot=request.spot, counts=status.counts)
         reason = await self._in_time(platform.explain([waiting], []), "explain()")

@@ -62,7 +62,7 @@ class SimulatedWorker:
 
     Attributes:
         answered: Number of tasks answered so far.
-        reconnected: How often it has dialed again and gone on with its session.
+        reconnected: How often it has dialed again and continued its session.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class SimulatedWorker:
         Returns:
             How it ended: ``"drained"``, ``"terminated"``, or ``"closed"`` if the executor ended.
             After the connection was cut: ``"orphaned"`` if the executor did not answer for its
-            ``orphan_timeout``, or ``"given up"`` if the executor had given the worker up.
+            ``orphan_timeout``, or ``"given up"`` if the executor counts the worker as lost.
 
         Raises:
             Exception: Whatever ``answer`` raises; to the executor, the worker vanishes then.

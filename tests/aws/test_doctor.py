@@ -405,7 +405,7 @@ def test_probe_is_not_tried_where_it_cannot_succeed(aws: FakeAWS) -> None:
     check = probe("default", (failed,), timeout=30)
     assert (check.outcome, check.found) == (
         "skipped",
-        "cannot succeed before this is mended: image",
+        "cannot succeed before this is repaired: image",
     )
     assert not aws.jobs()
 
@@ -490,15 +490,15 @@ def test_probe_asks_for_one_worker_and_waits_no_longer_than_told(
             break  # on a busy machine it is not known yet that early
     assert took < 3 * timeout
     assert check.found.startswith(f"no worker dialed back within {timeout} s; AWS has no capacity")
-    assert check.remedy.startswith("mend what the message names")
+    assert check.remedy.startswith("repair what the message names")
 
 
 @pytest.mark.parametrize(
     ("reason", "is_network"),
     [
         ("no worker dialed back within 600 s", True),
-        ("the worker started, and could not reach this process", True),
-        ("no worker dialed back within 600 s: 1 worker runs, and did not dial back yet", True),
+        ("the worker started, but could not reach this process", True),
+        ("no worker dialed back within 600 s: 1 worker runs, but did not dial back yet", True),
         ("no worker dialed back within 600 s: 1 worker waits for capacity", False),
         ("the worker's image cannot be pulled", False),
     ],

@@ -539,7 +539,7 @@ class TestLogs:
     def test_of_nothing_in_particular_are_refused(self, account: Account, monitor: Monitor) -> None:
         """A variable of a script that is empty must not mean the newest job."""
         account.until(account.submit("pass"), "SUCCEEDED")
-        with pytest.raises(ConfigError, match="not nothing"):
+        with pytest.raises(ConfigError, match="is empty"):
             list(monitor.logs(""))
         for pattern in ("*", "cloudexec-*", f"cloudexec-{ANN}-*", ":0"):
             with pytest.raises(AwsError, match="there is no job"):
@@ -553,7 +553,7 @@ class TestStop:
     ) -> None:
         job_id = account.submit(SLEEP)
         account.until(job_id, "RUNNING")
-        with pytest.raises(ConfigError, match="not nothing"):
+        with pytest.raises(ConfigError, match="is empty"):
             monitor.stop(**what)
         with pytest.raises(AwsError, match="there is no job"):
             monitor.stop(job="cloudexec-*")

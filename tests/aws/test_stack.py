@@ -341,7 +341,7 @@ def test_a_stack_of_an_administrator_is_adopted_and_left_alone(aws: FakeAWS) -> 
     events: list[Event] = []
     assert _down(events.append, name="mine") == ()
     assert Profile.names() == []
-    assert any(isinstance(each, Noted) and "somebody else's" in each.text for each in events)
+    assert any(isinstance(each, Noted) and "not yours" in each.text for each in events)
     for each in aws.requests:
         assert each.operation.startswith(("Describe", "Get", "List")), each.operation
 
@@ -385,7 +385,7 @@ def test_unreadable_profile_is_written_anew(aws: FakeAWS) -> None:
     events: list[Event] = []
     profile = _up(events.append)
     assert Profile.load("default") == profile
-    assert any(isinstance(each, Noted) and "written anew" in each.text for each in events)
+    assert any(isinstance(each, Noted) and "written again" in each.text for each in events)
 
 
 def test_stack_of_a_newer_release_is_left_alone(aws: FakeAWS) -> None:
@@ -446,7 +446,7 @@ def test_names_that_cannot_be_are_refused(name: str) -> None:
         ({"max_vcpus": 0}, "max_vcpus"),
         ({"subnets": ("s",) * 17}, "at most 16"),
         ({"permissions_boundary": "boundary"}, "ARN of a policy"),
-        ({"tags": {"aws:x": "1"}}, "not yours"),
+        ({"tags": {"aws:x": "1"}}, "are reserved"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: Any, words: str) -> None:
@@ -696,7 +696,7 @@ def test_what_cannot_be_described_is_said_to_be_listed_only(aws: FakeAWS) -> Non
     _call("ssm", "put_parameter", Name="p", Value="x", Type="String", Tags=tags)
     (left,) = _down()
     assert left.id.endswith(
-        "parameter/p (as the tagging service says, which lists for hours what is deleted)"
+        "parameter/p (from the tagging service, which lists deleted resources for hours)"
     )
 
 

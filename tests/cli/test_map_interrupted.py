@@ -178,7 +178,7 @@ def test_resuming_contradicts_starting_anew(run: Run) -> None:
     done = run(*command("out.jsonl", "--resume", "--overwrite"))
     assert (done.returncode, done.stderr) == (
         2,
-        "Error: --overwrite starts anew and --resume goes on: give one of them\n",
+        "Error: --overwrite starts again and --resume continues: give one of them\n",
     )
     done = run("map", "jobs.py:work", "rows.csv", "--resume")
     assert (done.returncode, done.stderr) == (

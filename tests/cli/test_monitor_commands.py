@@ -312,8 +312,8 @@ class TestStop:
             ([], "say what to stop"),
             (["--all", "worker-1"], "--all stops everything"),
             (["--older-than", "soon"], "--older-than must be like"),
-            (["", "--yes"], "not nothing"),
-            (["--executor", "", "--yes"], "not nothing"),
+            (["", "--yes"], "is empty"),
+            (["--executor", "", "--yes"], "is empty"),
         ],
     )
     def test_a_command_line_that_is_unclear_is_refused(

@@ -76,7 +76,7 @@ def test_a_run_is_followed_from_another_folder_after_its_client_has_gone(
     name = done.stdout.strip()
     assert done.returncode == 0
     assert name.startswith("job-")
-    assert f"`cloudexec attach {name}` shows what it prints" in done.stderr
+    assert f"`cloudexec attach {name}` shows the program's output" in done.stderr
     # Another machine: with the same profile, and nothing else.
     profile = Profile.load("default")
     monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path_factory.mktemp("other")))

@@ -147,7 +147,7 @@ def test_show_without_an_engine_still_shows_the_rest(monkeypatch: pytest.MonkeyP
     result = command("show")
     assert result.exit_code == 0
     assert "tag       not known" in result.output
-    assert "there is none of the name default" in result.output
+    assert "there is no profile default" in result.output
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_launcher_passes(launcher: Any) -> None:
 def test_failed_submissions_are_tried_where_a_launcher_can_make_some_fail() -> None:
     farm = ProcessFarm()
     passed = check_launcher(farm, fail_next=farm.faults.append)
-    assert passed[-1] == "failed submissions are tried again or told"
+    assert passed[-1] == "failed submissions are tried again or reported"
 
 
 def test_batch_passes(launcher: Callable[..., Batch]) -> None:
@@ -165,7 +165,7 @@ class Lenient(Farm):
         (Loud, r"JobRequest.secrets is in a command line"),
         (Rough, r"for worker 0 alone, and worker 1 was killed, too"),
         (Blind, r"for worker 0, and .* says '1 running', and not that worker 0 has ended"),
-        (Generous, r"describe\(\) knows a job that there is none of"),
+        (Generous, r"describe\(\) returned a job that does not exist"),
         (Lazy, r"says that 2 of them are missing; .* must raise a PlatformError"),
         (Broken, r"PlatformError: nobody knows"),
     ],
@@ -174,7 +174,7 @@ def test_what_a_platform_does_wrong_is_named(kind: type[Farm], words: str) -> No
     """With the method that is to blame, or what it means for whoever uses it."""
     with pytest.raises(LauncherCheckError, match=words) as caught:
         check_launcher(ProcessFarm(kind=kind), timeout=2)
-    assert caught.value.check == "a job is taken, found, described and ended"
+    assert caught.value.check == "a job is submitted, found, described and ended"
     assert str(caught.value).startswith(f"{caught.value.check}: ")
 
 

@@ -178,7 +178,7 @@ def test_the_end_of_a_worker(end: JobEnd, words: str, fatal: bool) -> None:
         ),
         (
             Situation(reasons=["CAPACITY:INSUFFICIENT_INSTANCE_CAPACITY - x"]),
-            "; another size",
+            "try another size",
             False,
         ),
         (
@@ -234,14 +234,14 @@ def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) 
         (
             "CannotPullContainerError: failed to resolve ref x: unexpected status from HEAD "
             "request to https://1.dkr.ecr.us-east-1.amazonaws.com/v2/x: 503 Service Unavailable",
-            "could not be had",
+            "need to start is busy",
         ),
         (
             "CannotPullContainerError: Error response from daemon: toomanyrequests: You have "
             "reached your pull rate limit",
             "image in Amazon ECR",
         ),
-        ("CannotPullContainerError: received unexpected HTTP status: 500", "could not be had"),
+        ("CannotPullContainerError: received unexpected HTTP status: 500", "need to start is busy"),
         (
             "CannotPullContainerError: httpReadSeeker: failed open: 429 Too Many Requests",
             "usually passes",
@@ -250,13 +250,13 @@ def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) 
             "ResourceInitializationError: unable to pull secrets or registry auth: execution "
             "resource retrieval failed: unable to retrieve secret from asm: failed to fetch "
             "secret x from secrets manager: ThrottlingException: Rate exceeded status code: 400",
-            "could not be had",
+            "need to start is busy",
         ),
         (
             "ResourceInitializationError: failed to validate logger args: create stream has been "
             "retried 1 times: failed to create Cloudwatch log stream: ServiceUnavailable: status "
             "code: 503, request id: 5",
-            "could not be had",
+            "need to start is busy",
         ),
         (
             "ResourceInitializationError: unable to pull secrets or registry auth: RequestCanceled "
@@ -270,7 +270,7 @@ def test_why_workers_do_not_come(situation: Situation, words: str, fatal: bool) 
             "connection refused",
             "usually passes",
         ),
-        ("CannotPullContainerError: net/http: TLS handshake timeout", "unless it was slow"),
+        ("CannotPullContainerError: net/http: TLS handshake timeout", "if it lasts"),
     ],
 )
 @pytest.mark.parametrize("on_fargate", [True, False])

@@ -417,7 +417,10 @@ def test_a_launcher_that_wants_another_port_is_left_out(
     several = [Placed(listen=f"127.0.0.1:{port}") for port in ports]
     with BatchExecutor(1, launcher=Fallback(several)) as executor:
         assert executor.submit(abs, -1).result(60) == 1
-    assert f"listen on port {ports[1]} for it, and listens on port {ports[0]}" in caplog.text
+    assert (
+        f"it needs port {ports[1]}, but the executor already listens on port {ports[0]}"
+        in caplog.text
+    )
     with BatchExecutor(1, launcher=Fallback(several), listen="127.0.0.1:0") as executor:
         assert executor.submit(abs, -1).result(60) == 1
         assert not any(each.why for each in executor.stats().launchers)
@@ -583,9 +586,9 @@ def test_the_end_is_that_of_all_launchers_though_one_cannot_be_closed() -> None:
     ("settings", "error", "words"),
     [
         ({"launchers": []}, ConfigError, "at least one"),
-        ({"launchers": [Local]}, TypeError, "some such as Local"),
+        ({"launchers": [Local]}, TypeError, "objects like Local"),
         ({"launchers": ["local"]}, TypeError, "not 'local'"),
-        ({"launchers": [Fallback([Local()])]}, ConfigError, "no Fallback among"),
+        ({"launchers": [Fallback([Local()])]}, ConfigError, "must not have a Fallback"),
         ({"launchers": [Local()], "limits": [1, 2]}, ConfigError, "each of 1 launchers, not 2"),
         ({"launchers": [Local()], "limits": [0]}, ConfigError, "limits must be"),
         ({"launchers": [Local()], "patience": 0}, ConfigError, "patience must be"),
@@ -601,5 +604,5 @@ def test_wrong_settings_are_refused(
 
 def test_a_launcher_cannot_be_there_twice() -> None:
     local = Local()
-    with pytest.raises(ConfigError, match="one of them is there twice"):
+    with pytest.raises(ConfigError, match="must not name the same object twice"):
         Fallback([local, local])

@@ -235,7 +235,7 @@ def test_workers_wait_for_capacity_and_say_so(
     with BatchExecutor(2, launcher=launcher) as executor:
         futures = [executor.submit(square, n) for n in range(10)]
         eventually(lambda: NO_CAPACITY in launcher.explain())
-        assert "another size, more subnets, or waiting" in launcher.explain()
+        assert "another size or more subnets, or wait" in launcher.explain()
         aws.faults.capacity_returns()
         assert [future.result(timeout=60) for future in futures] == [n * n for n in range(10)]
     tokens = [each["clientToken"] for each in asked(aws)]

@@ -319,8 +319,8 @@ def test_whole_vcpus_with_any_memory_are_a_size_on_ec2() -> None:
 @pytest.mark.parametrize(
     ("tags", "words"),
     [
-        ({"aws:x": "1"}, "not yours"),
-        ({"Cloudexec:user": "1"}, "not yours"),
+        ({"aws:x": "1"}, "are reserved"),
+        ({"Cloudexec:user": "1"}, "are reserved"),
         ({"": "1"}, "1 to 128"),
         ({"k" * 129: "1"}, "has 129"),
         ({"k": "v" * 257}, "and 257"),

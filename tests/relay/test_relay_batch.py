@@ -93,7 +93,9 @@ def test_a_relay_of_ours_needs_the_key_of_a_stack(aws: FakeAWS) -> None:
         image="x",
         relay="relay.example:443",
     )
-    with pytest.raises(ConfigError, match=r"relay='relay.example:443' checks .* give profile="):
+    with pytest.raises(
+        ConfigError, match=r"relay='relay.example:443' needs the key .* give profile="
+    ):
         BatchExecutor(1, launcher=batch).submit(abs, -1)
 
 

@@ -216,7 +216,7 @@ def test_a_relay_that_dies_is_followed_by_another_and_no_task_runs_twice(
         assert f"the relay is now at {platform._inquiry.relay}" in caplog.text
     assert len(list(tmp_path.glob("*.began"))) == 2
     assert [job.job_id for job in relays(aws)] == [first.job_id, second.job_id]
-    assert "the relay cannot be looked after now: s3:PutObject" in caplog.text
+    assert "the relay cannot be checked or replaced now: s3:PutObject" in caplog.text
     assert "another relay is started: the relay, job" in caplog.text
     assert "the relay is now at 127." in caplog.text
 
@@ -326,7 +326,7 @@ def test_a_relay_that_does_not_come_is_why_the_executor_cannot_start(aws: FakeAW
         ({"queues": {"fargate": "q"}}, "has no queue for relays: `cloudexec up --name default`"),
         ({"assign_public_ip": False}, "give no public addresses .* relay='ssh://user@host'"),
         ({"stack": ""}, "it needs the stack of a profile"),
-        ({"stack": "theirs", "queues": {"fargate": "q"}}, "whoever deployed it can bring it up"),
+        ({"stack": "theirs", "queues": {"fargate": "q"}}, "its administrator can bring it up"),
     ],
 )
 def test_a_set_up_that_cannot_have_a_relay_is_told_why(
@@ -345,7 +345,9 @@ def test_where_nothing_leads_in_a_profile_says_auto_and_doctor_why(laptop: FakeA
     assert "Executors start a relay for them here, for about $0.02" in command("up", "--yes")
     assert Profile.load("default").relay == "auto"
     said = command("doctor")
-    assert "workers come through a relay that each executor starts, for about $0.02 an hour" in said
+    assert (
+        "workers connect through a relay that each executor starts, for about $0.02 an hour" in said
+    )
     assert "(auto, from the profile 'default'), as workers in AWS cannot reach this machine" in said
     parts = re.search(r"ran a task in ([\d.]+) s: preparation (.*?);", said)
     assert parts is not None
@@ -376,9 +378,12 @@ def test_where_workers_reach_this_machine_auto_starts_nothing(aws: FakeAWS) -> N
 @pytest.mark.parametrize(
     ("variable", "outcome"),
     [
-        ("true", "ok      address: workers come through a relay that each executor starts"),
+        ("true", "ok      address: workers connect through a relay that each executor starts"),
         ("false", "ok      address: workers are told to dial 127.0.0.1"),
-        ("relay.example:443", "ok      address: workers come through the relay relay.example:443"),
+        (
+            "relay.example:443",
+            "ok      address: workers connect through the relay relay.example:443",
+        ),
     ],
 )
 def test_doctor_says_what_the_variable_means(

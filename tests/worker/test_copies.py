@@ -346,7 +346,7 @@ _REASONS = {
     "it has taken more than 1 GiB of memory": "data = b'x' * (1100 << 20)",
     "it has more than 200 files open": "import os; files = [os.dup(0) for _ in range(200)]",
     "it uses gevent": "import sys, types; sys.modules['gevent'] = types.ModuleType('gevent')",
-    "preload= says so": "options['preload'] = False",
+    "preload= asks for one": "options['preload'] = False",
     "": "",
 }
 

@@ -1,1 +1,1 @@
-"""What launchers on AWS have in common: ``settings`` and ``platform``."""
+"""Code that all launchers on AWS share: their ``settings``, ``platform`` and ``image``."""

@@ -1,4 +1,4 @@
-"""Which image a job runs: one that is named, or one with the packages that are wanted."""
+"""Finds the image for workers: the given one, or one that is made with the given packages."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ async def find_image(
     report: Report,
     launcher: str = "Batch",
 ) -> str:
-    """Return an image, pinned; push one with the packages that are wanted.
+    """Return the image for workers, pinned by its digest; push one if packages are given.
 
     Args:
-        clients: Calls to AWS, in the profile's region.
-        profile: Has an image, or names the repository to push one to.
-        image: The image, if it is named.
-        packages: What the image is to have; ``None``: the profile's image, or, if it has none, the
-            packages that are installed here.
+        clients: Makes calls to AWS, in the profile's region.
+        profile: The profile, which has an image or the name of a repository.
+        image: The image, if the user names one.
+        packages: Packages of the image to make. ``None`` for the profile's image, or, if it has
+            none, the packages that are installed here.
         arch: ``"x86_64"`` or ``"arm64"``.
-        report: Told what is going on, in any thread.
-        launcher: The launcher that takes an image, for messages.
+        report: Called with messages about the progress, in any thread.
+        launcher: Name of the launcher whose ``image=`` is named in messages.
+
+    Returns:
+        The image's URI.
 
     Raises:
         AwsError: If AWS refuses.
-        ConfigError: If there is no image and no repository, or a package cannot be had.
+        ConfigError: If there is no image and no repository, or if a package cannot be found.
         LaunchError: If the registry refuses, or cannot be reached.
     """
     platform = "linux/amd64" if arch == "x86_64" else "linux/arm64"
@@ -54,8 +57,8 @@ async def find_image(
         named = f"the profile {profile.name!r}" if profile.name else "a launch without a profile"
         raise ConfigError(
             f"there is no worker image for Python {python} on {platform}, and {named} has no "
-            f"repository to put one into: give {launcher}(image=...), or a profile of "
-            f"`cloudexec up`"
+            f"repository for a new one: give {launcher}(image=...), or a profile that "
+            f"`cloudexec up` has written"
         )
     from cloudexec._environment.account import push_to_account
 

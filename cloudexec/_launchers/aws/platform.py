@@ -1,4 +1,4 @@
-"""What platforms on AWS have in common: image, key, address, relay, price, tags."""
+"""The base of platforms on AWS: finds image, key and address, and sets prices and tags."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ __all__ = ["AwsPlatform", "Settings", "all_of", "connected"]
 
 _CONCURRENT_CALLS = 8
 _RELAY_LIFETIME = 24 * 3600.0
-"""Seconds after which AWS ends a relay, unless workers may run for longer."""
+"""Seconds after which AWS ends a relay, unless workers may run longer."""
 S = TypeVar("S", bound="Settings")
 
 
 class Settings(Protocol):
-    """What a platform must know of the settings of its launcher, which describes them."""
+    """The settings of a launcher that its platform uses; each launcher describes them."""
 
     arch: str
     assign_public_ip: bool | None
@@ -59,7 +59,7 @@ class Settings(Protocol):
     tags: dict[str, str]
 
     def size_of(self, size: int) -> WorkerSize:
-        """Return a size as AWS has it."""
+        """Return the vCPUs, memory and GPUs of a worker of a size."""
 
 
 @contextlib.asynccontextmanager
@@ -70,16 +70,18 @@ async def connected(
     *,
     of: str,
 ) -> AsyncIterator[Site]:
-    """Connect to AWS, check what can be checked, and find the address that workers dial.
+    """Connect to AWS, check the settings, and find the address that workers dial.
 
     Args:
-        settings: What workers to run.
-        executor: Whose.
+        settings: The launcher's settings.
+        executor: The executor.
         make: Makes the platform.
-        of: Name or ARN of what workers are to run in, as given by hand, which may say the region.
+        of: Name or ARN of the queue or cluster that the user has given; empty if none. An ARN
+            names the region.
 
     Raises:
-        ConfigError: If there is no such profile, or no address to dial, or the region is another.
+        ConfigError: If there is no such profile, or no address to dial, or if the ARN names
+            another region.
         AwsError: If AWS refuses.
         LaunchError: If the stack's key cannot be used.
     """
@@ -106,11 +108,11 @@ class AwsPlatform(Platform):
     """A platform on AWS, for one executor.
 
     Args:
-        settings: What workers to run.
-        executor: Whose.
-        clients: For calls to AWS.
-        profile: Names what the account has for workers.
-        prices: Of the clients' region.
+        settings: The launcher's settings.
+        executor: The executor.
+        clients: Makes calls to AWS.
+        profile: The profile, which names the stack's resources for workers.
+        prices: Prices in the clients' region.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class AwsPlatform(Platform):
 
     @abstractmethod
     async def _check(self) -> None:
-        """Check settings, and find or make the image."""
+        """Check the settings, and find or make the image."""
 
     async def start(self) -> Site:
         """Check the settings, read the key, and find the address that workers dial."""
@@ -171,26 +173,26 @@ class AwsPlatform(Platform):
         )
 
     async def close(self) -> None:
-        """End what was started for the executor as a whole."""
+        """End the relay, if there is one."""
         if self._relay is not None:
             await self._relay.close()
 
     def overhead(self) -> Cost:
-        """Say what the relay costs, if there is one."""
+        """Return the cost of the relay, if there is one."""
         return Cost() if self._relay is None else self._relay.cost()
 
     async def _with_relay(self, key: bytes, why: str) -> Site:
         """Start a relay, and wait for its address.
 
         Args:
-            key: The stack's.
-            why: Why there is to be one.
+            key: The stack's key.
+            why: The reason why a relay is needed, for messages.
         """
         settings, profile = self._settings, self._profile
         self._check_key(key, "True")
         if lacking := lacks_for_relay(profile):
             raise ConfigError(f"{why}; and no relay can be started: {lacking}")
-        # All workers of the executor come through it, one after the other.
+        # The relay must outlive the last worker, which may start long after the first one.
         lifetime = max(settings.max_runtime, _RELAY_LIFETIME)
         order = RelayOrder(
             executor_id=self._executor.id,
@@ -225,8 +227,9 @@ class AwsPlatform(Platform):
     def _check_key(key: bytes, relay: str) -> None:
         if not key:
             raise ConfigError(
-                f"relay={relay} checks who belongs to the executor by the key of a stack: give "
-                f"profile=, and no definition= without that key; or use relay='ssh://user@host'"
+                f"relay={relay} needs the key of a stack, by which the relay recognises workers: "
+                f"give profile=, and no definition= without that key; or use "
+                f"relay='ssh://user@host'"
             )
 
     async def _call(self, service: str, operation: str, **parameters: Any) -> Any:
@@ -239,7 +242,7 @@ class AwsPlatform(Platform):
         return self._profile.assign_public_ip if given is None else given
 
     def price(self, size: int, spot: bool) -> WorkerPrice:
-        """Say what a worker of a size costs, by the list price."""
+        """Return the list price of a worker."""
         settings = self._settings
         worker = settings.size_of(size)
         return self._prices.worker(
@@ -255,10 +258,10 @@ class AwsPlatform(Platform):
         )
 
     async def _define(self, gone: str = "") -> str:
-        """Return what workers are started from; find or register it if there is none.
+        """Return the definition from which workers are started; find or register it first.
 
         Args:
-            gone: One that somebody has removed.
+            gone: A definition that was removed, in place of which another one is registered.
         """
         async with self._defining:
             if self._definition == gone:
@@ -287,10 +290,10 @@ class AwsPlatform(Platform):
         )
 
     async def _find_image(self) -> str:
-        """Return the image of the workers, pinned; push one with the packages that are wanted.
+        """Return the image of the workers, pinned by its digest; push one if packages are given.
 
-        That is done before anything is launched: a first time may take minutes, and what cannot be
-        had for the workers' platform is known before they cost anything.
+        This happens before the first launch, as making an image may take minutes, and as a package
+        that cannot be found for the workers' platform must be reported before workers cost money.
         """
         settings = self._settings
         return await find_image(
@@ -319,13 +322,13 @@ class AwsPlatform(Platform):
         if self._profile.stack:
             tags[names.TAG_STACK] = self._profile.stack
         if run := os.environ.get("CLOUDEXEC_RUN", ""):
-            # So that what stops the run stops its workers, and its costs include theirs.
+            # With this tag, `cloudexec run` stops the workers with the run, and sums their costs.
             tags[names.TAG_RUN] = tag_value(run)
         return tags
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Make calls at once, all of them to their end, and then raise what the first one raised."""
+    """Make calls at the same time, wait for all of them, and then raise the first error."""
     for result in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result

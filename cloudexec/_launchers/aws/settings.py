@@ -1,4 +1,4 @@
-"""What the settings of launchers on AWS have in common: sizes, image, account, price."""
+"""The settings that all launchers on AWS share, with their checks: sizes, image, account, price."""
 
 from __future__ import annotations
 
@@ -29,38 +29,39 @@ __all__ = ["DAY", "AwsLauncher"]
 
 DAY = 86400.0
 _LONGEST = 14 * DAY
-"""Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
+"""Fargate may end jobs that run longer. AWS Batch User Guide, "Job timeouts"."""
 _RELAY_GRACE = 120.0
-"""What another relay may take, and as long as workers dial a client (``orphan_timeout``)."""
+"""Seconds in which another relay starts, and for which workers dial a client by default
+(``orphan_timeout``)."""
 _FARGATE_TIMEOUT = 300.0
 _EC2_TIMEOUT = 900.0
-"""A first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
+"""Longer, as a first instance takes minutes. AWS Batch User Guide, "AWS Batch on Fargate"."""
 
 
 class AwsLauncher(PlatformLauncher):
-    """The settings that launchers on AWS share. Each launcher describes its own.
+    """The settings that launchers on AWS share. Each launcher describes them for its users.
 
     Args:
-        vcpus: Of each worker.
-        memory: Of each worker, or several sizes.
+        vcpus: vCPUs of each worker.
+        memory: Memory of each worker, or several sizes.
         spot: Whether workers run on spare capacity.
         compute: ``"fargate"`` or ``"ec2"``.
         arch: ``"x86_64"`` or ``"arm64"``.
         slots_per_worker: Tasks that one worker runs at once.
         profile: Name of a profile.
-        by_hand: Whether the account's parts are given, so that no profile is needed.
+        by_hand: Whether the user has given a queue or cluster, so that no profile is needed.
         image: Image of the workers.
-        packages: What goes into an image of its own.
+        packages: Packages from which an image is made.
         job_role: ARN of the role that tasks have.
         execution_role: ARN of the role that pulls the image.
         region: AWS region.
         assign_public_ip: Whether workers get a public address.
         ephemeral_gib: Disk of each Fargate worker.
-        environment: Variables that every worker has.
-        tags: Put on every job.
-        modules: Whether modules are sent to the workers, or which.
-        project: Goes into a tag.
-        relay: How workers reach a machine that nothing can dial.
+        environment: Environment variables of every worker.
+        tags: Tags of every job.
+        modules: Whether the user's modules are sent to workers, or the names of those that are.
+        project: Value of a tag.
+        relay: How workers reach a machine that accepts no connections.
         max_runtime: Seconds after which a worker is ended.
 
     Raises:
@@ -68,7 +69,7 @@ class AwsLauncher(PlatformLauncher):
     """
 
     most_vcpus = FARGATE_MOST_VCPUS
-    """vCPUs of the largest worker on Fargate that the service takes which this asks for it."""
+    """vCPUs of the largest worker on Fargate that the service accepts (AWS Batch or Amazon ECS)."""
 
     def __init__(
         self,
@@ -145,8 +146,10 @@ class AwsLauncher(PlatformLauncher):
                 raise ConfigError(f"{name} must map strings to strings, not {given!r}")
         check_environment(environment or {})
         if "CLOUDEXEC_KEY" in (environment or {}):
-            # Amazon ECS lets no container start whose secrets and variables share a name.
-            raise ConfigError("CLOUDEXEC_KEY in environment= is cloudexec's own")
+            # Amazon ECS starts no container that has a secret and a variable of the same name.
+            raise ConfigError(
+                "environment must not have CLOUDEXEC_KEY, which is cloudexec's own variable"
+            )
         check_tags(tags or {})
         self.sizes = _sizes(vcpus, memory, compute, self.most_vcpus)
         self.launch_timeout = _FARGATE_TIMEOUT if compute == "fargate" else _EC2_TIMEOUT
@@ -175,38 +178,38 @@ class AwsLauncher(PlatformLauncher):
 
     @property
     def may_start_relay(self) -> bool:
-        """Whether a relay may have to be started, by the settings or by the profile."""
+        """Whether the settings or the profile allow the launcher to start a relay."""
         relay = self.relay
         if relay is None and self.profile is not None:
             from cloudexec._aws.profile import Profile
 
-            with contextlib.suppress(ConfigError):  # which ``connect`` raises
+            with contextlib.suppress(ConfigError):  # ``connect`` raises it, too
                 relay = Profile.load(self.profile).relay
         return relay in (True, "auto")
 
     @property
     def reconnect_grace(self) -> float:  # type: ignore[override]
-        """Seconds for which a worker is waited for: longer where a new relay may have to come."""
+        """Seconds in which a worker may reconnect; more if another relay may have to start."""
         return _RELAY_GRACE if self.may_start_relay else PlatformLauncher.reconnect_grace
 
     def capacities(self) -> Sequence[WorkerCapacity]:
-        """Return what workers of each size of the ladder have."""
+        """Return the resources of a worker of each size of the ladder."""
         return [_capacity(size) for size in self.sizes]
 
     def size_of(self, size: int) -> WorkerSize:
-        """Return a size as AWS has it: of the ladder, or one that tasks asked for."""
+        """Return the vCPUs, memory and GPUs of a size, of the ladder or made for a task."""
         found = self._catalogue[size]
         return WorkerSize(memory_mib=found.memory >> 20, vcpus=found.cpus, gpus=found.gpus)
 
     def most_slots(self, size: int) -> int:
-        """Say how many tasks a worker may run at once: what was given, or as many as fit."""
+        """Return how many tasks a worker may run at once: ``slots_per_worker``, if it is given."""
         return self._most_slots or super().most_slots(size)
 
     def capacity_for(self, cpus: float, memory: int, gpus: int) -> WorkerCapacity:
-        """Return the least that AWS has for a task which fits no size of the ladder.
+        """Return the smallest size on AWS for a task that fits no size of the ladder.
 
         Raises:
-            ConfigError: If there is none; it names the nearest.
+            ConfigError: If no worker can be that large; the message names the nearest size.
         """
         if gpus and self.compute == "fargate":
             raise ConfigError(
@@ -219,19 +222,19 @@ class AwsLauncher(PlatformLauncher):
         return _capacity(instance_size_for(cpus, mib, gpus))
 
     def size_name(self, size: int) -> str:
-        """Say in a few words what a worker of a size has."""
+        """Describe the resources of a worker of a size in a few words."""
         return str(self.size_of(size))
 
     def more_memory(self, size: int) -> str:
-        """Say which settings give a worker of a size more memory."""
+        """Return the settings that give a worker of a size more memory."""
         return more_memory(self.size_of(size), self.compute, self.most_vcpus)
 
     def fingerprint(self) -> str:
-        """Return what tells its workers from those of another one."""
+        """Return a text that differs if workers would differ."""
         return repr((self.describe(), *self.of_workers()))
 
     def of_workers(self) -> tuple[object, ...]:
-        """Return settings that tell workers apart, besides what ``describe`` says."""
+        """Return the settings that make workers differ and that ``describe`` does not name."""
         return (
             self.arch,
             self.profile,
@@ -242,14 +245,15 @@ class AwsLauncher(PlatformLauncher):
         )
 
     def estimate(self, workers: int, seconds: float) -> Cost:
-        """Estimate what workers would cost, before any is launched.
+        """Estimate the cost of workers before any is launched.
 
         Args:
-            workers: How many, of the first size.
-            seconds: How long each runs, from the start of its image's download; a minute at least.
+            workers: Number of workers, of the first size.
+            seconds: Seconds that each worker runs, from the start of its image's download; AWS
+                charges at least a minute.
 
         Returns:
-            The cost as ``accrued_usd``, and ``per_hour_usd`` of all of them.
+            The cost of all workers as ``accrued_usd``, and their cost per hour.
 
         Raises:
             ConfigError: If there is no such profile.
@@ -284,10 +288,10 @@ class AwsLauncher(PlatformLauncher):
 
 
 def check_texts(**texts: str | None) -> None:
-    """Refuse settings that are no texts, or empty ones.
+    """Refuse settings that are neither ``None`` nor a string with visible characters.
 
     Raises:
-        ConfigError: Naming the first of them.
+        ConfigError: Naming the first such setting.
     """
     for name, text in texts.items():
         if text is not None and (not isinstance(text, str) or not text.strip()):
@@ -295,14 +299,14 @@ def check_texts(**texts: str | None) -> None:
 
 
 def either_packages_or(name: str) -> ConfigError:
-    """Return the error which says that packages and something else exclude each other."""
+    """Return the error for ``packages`` together with a setting that excludes it."""
     return ConfigError(
-        f"give either packages or {name}: packages are put into an image of their own"
+        f"give either packages or {name}, not both: an image of its own is made for packages"
     )
 
 
 def _relay(given: str | bool | None) -> str | bool | None:
-    """Return what ``relay=`` or the variable says; ``None``: the profile decides."""
+    """Return the value of ``relay=``, or of the variable; ``None`` if the profile decides."""
     relay = given
     if given is None:
         named = os.environ.get("CLOUDEXEC_RELAY", "")
@@ -324,7 +328,7 @@ def _sizes(
     compute: str,
     most_vcpus: float,
 ) -> tuple[WorkerSize, ...]:
-    """Check the sizes of a ladder, one or several."""
+    """Return the sizes of a ladder, one or several, after a check."""
     if memory is None:
         ladder: Sequence[str | int] = (default_memory(vcpus, compute),)
     elif isinstance(memory, (str, int)):

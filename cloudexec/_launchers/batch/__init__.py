@@ -1,4 +1,4 @@
-"""The launcher for AWS Batch: ``settings`` says what workers to run, ``platform`` talks to AWS."""
+"""The launcher for AWS Batch: ``settings`` has its settings, and ``platform`` calls AWS."""
 
 from cloudexec._launchers.batch.settings import Batch
 

@@ -1,4 +1,4 @@
-"""Asking AWS why workers are not there: queue, environments, quotas, logs."""
+"""Asks AWS why workers have not connected: looks up queue, environments, quotas and logs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cloudexec._launchers.platform import Phase, WaitingJob
 __all__ = ["DEFAULT_LOG_GROUP", "Inquiry", "statuses_of"]
 
 DEFAULT_LOG_GROUP = "/aws/batch/job"
-"""Where jobs log that were told nothing. AWS Batch User Guide, "Using CloudWatch Logs"."""
+"""Log group of jobs that name none. AWS Batch User Guide, "Using CloudWatch Logs"."""
 _QUOTAS_HOLD = 60.0
-"""Seconds after which quotas are read again: they change when somebody at AWS grants more."""
+"""Seconds after which quotas are read again, as AWS may have granted larger ones."""
 
 
 _STATES = {
@@ -29,7 +29,7 @@ _STATES = {
 
 
 def statuses_of(waiting: Sequence[WaitingJob]) -> Counter[str]:
-    """Count the workers of jobs that are not connected, by AWS Batch's states."""
+    """Count the workers that are not connected, by AWS Batch's states."""
     statuses: Counter[str] = Counter()
     for each in waiting:
         statuses.update({_STATES[p]: n for p, n in each.counts.items() if p in _STATES})
@@ -38,16 +38,17 @@ def statuses_of(waiting: Sequence[WaitingJob]) -> Counter[str]:
 
 
 class Inquiry:
-    """Looks things up for a diagnosis. What it may not look up is left out.
+    """Looks up facts for a diagnosis. Facts for which a permission is missing are left out.
 
     Args:
-        call: Makes a call to AWS: service, operation, parameters.
+        call: Makes a call to AWS. Takes service, operation and parameters.
         compute: ``"fargate"`` or ``"ec2"``.
 
     Attributes:
-        log_group: Where workers log.
-        advertised: Where workers were told to dial, and why there; empty behind a relay.
-        relay: Where the relay is now, or the ``ssh://`` URL; empty: workers dial this process.
+        log_group: Log group of the workers.
+        advertised: The address that workers dial, and how it was found; empty behind a relay.
+        relay: The relay's present address, or its ``ssh://`` URL; empty if workers dial this
+            process.
     """
 
     def __init__(self, call: Callable[..., Awaitable[Any]], compute: str) -> None:
@@ -59,7 +60,7 @@ class Inquiry:
         self._quotas_read_at = float("-inf")
 
     async def log_tail(self, details: Mapping[str, Any]) -> str:
-        """Return the last lines that a worker wrote, or nothing."""
+        """Return the last lines of a worker's log; empty if they cannot be read."""
         attempts = details.get("attempts") or [{}]
         container = attempts[-1].get("container") or details.get("container") or {}
         stream = container.get("logStreamName") or (details.get("container") or {}).get(
@@ -68,7 +69,7 @@ class Inquiry:
         return await self.tail(stream) if stream else ""
 
     async def tail(self, stream: str) -> str:
-        """Return the last lines of a log stream, or nothing."""
+        """Return the last lines of a log stream; empty if they cannot be read."""
         try:
             page = await self._call(
                 "logs",
@@ -79,14 +80,14 @@ class Inquiry:
                 startFromHead=False,
             )
         except AwsError:
-            return ""  # an aid, not a need
+            return ""  # the log only adds to a diagnosis
         return "\n".join(event["message"].rstrip() for event in page.get("events", ()))
 
     async def queue(self, name: str) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
         """Look up a job queue and its compute environments.
 
         Args:
-            name: Name or ARN.
+            name: Name or ARN of the queue.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
@@ -111,14 +112,14 @@ class Inquiry:
         vcpus: float,
         used_vcpus: float,
     ) -> Situation:
-        """Gather what is known while workers are waited for.
+        """Gather the facts from which the cause of missing workers is derived.
 
         Args:
             waiting: The jobs that wait, the oldest first.
-            ends: Attempts that ended before they dialed back.
-            queue: Name or ARN of the queue in which the first of them waits.
-            vcpus: What each worker of that one asks for.
-            used_vcpus: What those workers have that have a place, on the same kind of capacity.
+            ends: Ends of attempts that never connected.
+            queue: Name or ARN of the queue in which the oldest job waits.
+            vcpus: vCPUs of each worker of the oldest job.
+            used_vcpus: vCPUs of all workers that have a place on the same kind of capacity.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
@@ -145,11 +146,11 @@ class Inquiry:
         )
 
     async def _ahead(self, queue: str, job_id: str) -> int:
-        """Count jobs of others before ours in the queue, among the first that AWS shows."""
+        """Return how many of the jobs that AWS shows are before this job in the queue."""
         try:
             snapshot = await self._call("batch", "get_job_queue_snapshot", jobQueue=queue)
         except (AwsError, KeyError):
-            return 0  # not allowed, or an SDK that does not know of it: an aid, not a need
+            return 0  # a permission is missing, or the SDK is too old for this call
         ahead = 0
         for each in snapshot.get("frontOfQueue", {}).get("jobs", ()):
             if each["jobArn"].partition("job/")[2].partition(":")[0] == job_id:
@@ -164,5 +165,5 @@ class Inquiry:
             try:
                 self._quotas = await vcpu_quotas(self._call, (self._compute,))
             except AwsError:
-                self._quotas = {}  # an aid, not a need
+                self._quotas = {}  # quotas only add to a diagnosis
         return self._quotas.get(self._compute + ("_spot" if spot else ""))

@@ -1,4 +1,4 @@
-"""AWS Batch as a platform: workers are jobs and array jobs, whose definitions are found by name."""
+"""AWS Batch as a platform: workers are jobs and array jobs."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ __all__ = ["BatchPlatform", "Settings", "connect"]
 
 _FARGATE_SPOT_PATIENCE = 60.0
 _EC2_SPOT_PATIENCE = 300.0
-"""An instance takes minutes until it runs a job: until then, a job that waits tells nothing."""
+"""A new instance takes minutes before it runs a job, so a shorter wait says nothing of capacity."""
 _FARGATE_BURST = 100
 _FARGATE_PER_SECOND = 20
-"""Tasks that Fargate starts at once, and per second after that, on Spot as on demand. Amazon ECS
+"""Tasks that Fargate starts at once, and per second after these, on Spot and on demand. Amazon ECS
 Developer Guide, "AWS Fargate throttling quotas"."""
 _TERMINATED_AT_ONCE = 50
 """Jobs in one TerminateJobs call. AWS Batch API Reference."""
 
 
 class Settings(AwsSettings, Protocol):
-    """What the platform must know of the settings of ``Batch``, which describes them."""
+    """The settings of ``Batch`` that the platform uses; ``Batch`` describes them."""
 
     definition: str | None
     queue: str | None
@@ -79,10 +79,10 @@ class BatchPlatform(AwsPlatform):
     # The start.
 
     async def _check(self) -> None:
-        """Check queues and definition, and have an image."""
+        """Check the queues and the job definition, and find or make the image."""
         settings = self._settings
         for spot in {bool(settings.spot), bool(settings.spot) and settings.spot != "prefer"}:
-            self._queue(spot=spot)  # complains if there is none
+            self._queue(spot=spot)  # raises ConfigError if there is no queue
         if settings.compute == "ec2" and settings.arch == "arm64" and settings.queue is None:
             raise ConfigError(
                 "the queues of `cloudexec up` start x86-64 instances on EC2: workers with "
@@ -94,7 +94,7 @@ class BatchPlatform(AwsPlatform):
             self._image = await self._find_image()
 
     async def _check_definition(self, name: str) -> None:
-        """Look at a definition that the user wants: whether it is there, and whose key it has."""
+        """Check that the user's job definition exists, can run workers and has the right key."""
         parameters: dict[str, Any] = {"jobDefinitions": [name]}
         if ":" not in name:
             parameters = {"jobDefinitionName": name, "status": "ACTIVE"}
@@ -112,8 +112,8 @@ class BatchPlatform(AwsPlatform):
             kind = next((each for each in kinds if newest.get(each)), "no containerProperties")
             raise ConfigError(
                 f"the job definition {name!r} has {kind}, and workers run only in definitions with "
-                f"containerProperties: register such a one, or leave definition= out and let the "
-                f"executor register its own"
+                f"containerProperties: register such a definition, or leave definition= out, so "
+                f"that the executor registers its own"
             )
         self._definition = newest["jobDefinitionArn"]
         options = container.get("logConfiguration", {}).get("options", {})
@@ -121,11 +121,11 @@ class BatchPlatform(AwsPlatform):
         secrets_ = container.get("secrets", ())
         keys = [each["valueFrom"] for each in secrets_ if each["name"] == "CLOUDEXEC_KEY"]
         if keys and keys[0] != self._profile.key_secret:
-            known = f"the one of the profile {self._profile.name!r}"
+            known = f"the profile {self._profile.name!r}"
             raise ConfigError(
                 f"the job definition {name!r} gives workers another key ({keys[0]}) than "
-                f"{known if self._profile.name else 'a launch without a profile has'}: give "
-                f"profile=, the one of its stack"
+                f"{known if self._profile.name else 'a launch without a profile'} has: give "
+                f"profile=, the profile of the stack to which the definition belongs"
             )
         self._keyed_by_stack = bool(keys)
 
@@ -145,17 +145,17 @@ class BatchPlatform(AwsPlatform):
         return queue
 
     def spot_patience(self, workers: int) -> float:
-        """Say in how many seconds so many workers find a place on Spot, if there is any."""
+        """Return the seconds in which workers find a place on Spot if there is capacity."""
         if self._settings.compute == "ec2":
             return _EC2_SPOT_PATIENCE
         return _FARGATE_SPOT_PATIENCE + max(0, workers - _FARGATE_BURST) / _FARGATE_PER_SECOND
 
     def lacks_capacity(self, reason: str) -> bool:
-        """Say whether AWS Batch has said that there is no capacity."""
+        """Return whether a message of AWS Batch says that there is no capacity."""
         return is_out_of_capacity(reason)
 
     async def is_full(self, jobs: Sequence[WaitingJob]) -> bool:
-        """Say whether workers of ours use all that the compute environments allow."""
+        """Return whether the executor's workers use all vCPUs that the environments allow."""
         _, environments = await self._inquiry.queue(self._queue(spot=True))
         least = min(self._settings.size_of(each.size).vcpus for each in jobs)
         return 0 < allowed_vcpus(environments) < self._used_vcpus(jobs) + least
@@ -185,7 +185,7 @@ class BatchPlatform(AwsPlatform):
             except AwsError as exc:
                 if self._settings.definition is not None or not is_definition_gone(exc.message):
                     raise
-                # Somebody has removed it since: it is registered again.
+                # The definition was deregistered meanwhile, so it is registered again.
                 return await self._submit(request, await self._define(definition))
         except AwsError as exc:
             exc.message = str(cause_of_refusal(exc.message))
@@ -215,7 +215,7 @@ class BatchPlatform(AwsPlatform):
         return Submitted(job_id=str(answer["jobId"]))
 
     async def find(self, name: str, *, spot: bool) -> Submitted | None:
-        """Find a job by its name."""
+        """Return a job by its name; ``None`` if there is none."""
         listed = await self._call(
             "batch",
             "list_jobs",
@@ -227,10 +227,10 @@ class BatchPlatform(AwsPlatform):
                 return Submitted(job_id=str(summary["jobId"]))
         return None
 
-    # Looking.
+    # Status.
 
     async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
-        """Ask for the states of jobs, and of those of their workers that matter."""
+        """Return the states of jobs, and of the workers that the inspections ask for."""
         described = await self._describe([each.job_id for each in inspections])
         return {
             each.job_id: await self._status(each, described[each.job_id])
@@ -270,7 +270,7 @@ class BatchPlatform(AwsPlatform):
         return JobStatus(workers=workers, counts=counts, reason=reason)
 
     async def _indexes(self, inspection: Inspection, state: str) -> set[int]:
-        """Return which workers of an array job are in a state of AWS Batch."""
+        """Return the indexes of an array job's workers that are in a state of AWS Batch."""
         listed = self._clients.pages(
             "batch", "list_jobs", "jobSummaryList", arrayJobId=inspection.job_id, jobStatus=state
         )
@@ -288,7 +288,7 @@ class BatchPlatform(AwsPlatform):
             if not end.reclaimed and inspection.asks_why(index, len(attempts), over=over):
                 tail = await self._inquiry.log_tail(details)
                 end = replace(end, log_tail=tail, retried=not over, relay=self._inquiry.relay)
-            # A job that failed before its first attempt began has an end, and no run.
+            # A job that failed before its first attempt has an end, but no attempt.
             run = ends.pop() if ends else run_of({"stoppedAt": details.get("stoppedAt")})
             ends.append(worker_end(end, run))
         return WorkerStatus(phase=phase, reason=details.get("statusReason", ""), ends=ends)
@@ -296,7 +296,7 @@ class BatchPlatform(AwsPlatform):
     async def explain(
         self, waiting: Sequence[WaitingJob], ends: Sequence[WorkerEnd]
     ) -> Reason | None:
-        """Ask AWS why workers do not come: queue, environments, quotas."""
+        """Return why workers have not connected, by the state of queue, environments and quotas."""
         oldest = waiting[0]
         situation = await self._inquiry.situation(
             waiting,
@@ -313,7 +313,7 @@ class BatchPlatform(AwsPlatform):
     # The end.
 
     async def terminate(self, targets: Sequence[Target], reason: str) -> None:
-        """Terminate jobs, or some workers of array jobs: many with one request where AWS can."""
+        """Terminate jobs, or workers of array jobs, with few requests if the SDK can do that."""
         ids = [
             job_id
             for each in targets
@@ -323,7 +323,7 @@ class BatchPlatform(AwsPlatform):
                 else [f"{each.job_id}:{index}" for index in each.workers]
             )
         ]
-        # Older SDKs do not know of it.
+        # Older SDKs do not have this call.
         if len(ids) > 1 and hasattr(await self._clients.client("batch"), "terminate_jobs"):
             size = _TERMINATED_AT_ONCE
             pages = [ids[at : at + size] for at in range(0, len(ids), size)]
@@ -340,7 +340,7 @@ class BatchPlatform(AwsPlatform):
         except AwsError as exc:
             if exc.may_pass:
                 raise
-            # An endpoint that does not know the newer call.
+            # The endpoint may not know the newer call.
             left = list(ids)
         else:
             left = [str(each.get("jobId") or each.get("job")) for each in answer.get("errors", ())]

@@ -1,4 +1,4 @@
-"""What AWS Batch says of jobs, read."""
+"""Reads AWS Batch's descriptions of jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KILLED = (137, 143)
 
 
 def end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> JobEnd:
-    """Read how the last attempt ended."""
+    """Return the end of a job's last attempt."""
     last: Mapping[str, Any] = attempts[-1] if attempts else {}
     container = last.get("container") or details.get("container") or {}
     asked = container_of(details)
@@ -43,7 +43,7 @@ def end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) ->
 
 
 def run_of(attempt: Mapping[str, Any]) -> WorkerEnd:
-    """Read when an attempt began and ended; AWS counts in milliseconds."""
+    """Return when an attempt began and ended, which AWS Batch reports in milliseconds."""
     began, ended = attempt.get("startedAt"), attempt.get("stoppedAt")
     return WorkerEnd(
         began_at=began / 1000 if began else None, ended_at=ended / 1000 if ended else None
@@ -51,11 +51,11 @@ def run_of(attempt: Mapping[str, Any]) -> WorkerEnd:
 
 
 def worker_end(end: JobEnd, run: WorkerEnd) -> WorkerEnd:
-    """Say how an attempt ended.
+    """Return the end of an attempt, with its cause and remedy.
 
     Args:
-        end: What AWS says of it.
-        run: When it began and ended.
+        end: The end as AWS describes it.
+        run: The times at which the attempt began and ended.
     """
     cause = cause_of_end(end)
     return WorkerEnd(

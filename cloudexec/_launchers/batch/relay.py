@@ -1,4 +1,4 @@
-"""A relay as a job: started for one executor, found, watched, started again if it ends, ended."""
+"""Runs a relay for one executor as a job of AWS Batch, and starts another one if it ends."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ __all__ = ["RelayJob", "RelayOrder"]
 _logger = Log()
 
 _IDLE = 300
-"""Seconds without client and workers after which a relay ends by itself."""
+"""Seconds without a client or worker after which a relay ends by itself."""
 _POLL = 5.0
 _POLL_STARTING = 1.0
 _STOP_SECONDS = 30.0
 _LONGEST_PAUSE = 60.0
 _TRIES = 3
-"""Relays that are started before the executor fails, as with workers that do not start."""
+"""Relays that are started before the executor fails: as many as launches of workers."""
 _URL_SECONDS = 7 * 24 * 3600
-"""The longest that there is. Amazon S3 User Guide, "Download and upload objects with presigned
-URLs". Credentials that end before end the URL, too."""
+"""The longest validity of a presigned URL. Amazon S3 User Guide, "Download and upload objects with
+presigned URLs". If the credentials expire earlier, the URL does, too."""
 _SIGN_EVERY = 600.0
 _OLD_IMAGE = "not set: CLOUDEXEC_TARGET"
-"""What a worker says that does not know of relays."""
+"""Part of the error that images log which are older than relays: they start a worker instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayOrder:
-    """What relay is wanted.
+    """The settings with which a relay is started.
 
     Attributes:
-        executor_id: Whose.
+        executor_id: The executor's id.
         queue: ARN of the queue for relays.
-        definition: What its job definition is like, but for what all relays have in common.
-        tags: Of the job.
-        bucket: In which workers read the address.
-        patience: Seconds in which it must be there.
-        lifetime: Seconds after which AWS ends it, whatever became of this process.
-        price: Of a relay.
-        why: Why there is one, for people.
+        definition: The workers' job definition, in which the relay replaces some settings.
+        tags: Tags of the job.
+        bucket: S3 bucket in which workers read the relay's address.
+        patience: Seconds within which the relay must run.
+        lifetime: Seconds after which AWS ends it, even if this process was killed.
+        price: Price of a relay.
+        why: The reason why a relay is needed, for people.
     """
 
     executor_id: str
@@ -78,7 +78,7 @@ class _End:
     """The end of a relay's job.
 
     Attributes:
-        text: Which job has ended, and why.
+        text: The job and the cause of its end, for people.
         is_fatal: Whether another relay would end in the same way.
     """
 
@@ -90,19 +90,20 @@ class RelayJob:
     """The relay of one executor.
 
     Args:
-        clients: For calls to AWS.
-        order: What relay is wanted.
-        inquiry: Says what the job has written.
+        clients: Makes calls to AWS.
+        order: The settings of the relay.
+        inquiry: Reads the log of the job, and gets the relay's address for diagnoses.
     """
 
     def __init__(self, clients: AwsClients, order: RelayOrder, inquiry: Inquiry) -> None:
         self.address = ""
         """``host:port`` of the relay."""
         self.url = ""
-        """Where workers read the address."""
+        """URL from which workers read the address."""
         self.on_move: Callable[[str], None] = _nobody
         self.is_used = False
-        """Whether the executor has started, and taken over the workers that come through it."""
+        """Whether the executor has started, and has taken over the workers that connect through the
+        relay."""
         self._clients = clients
         self._order = order
         self._inquiry = inquiry
@@ -110,7 +111,7 @@ class RelayJob:
         self._key = f"{object_prefix(order.executor_id)}relay"
         self._job_id = ""
         self._is_inherited = False
-        self._given_up: list[str] = []  # until AWS has confirmed that they are terminated
+        self._given_up: list[str] = []  # jobs, until AWS has confirmed that they are terminated
         self._has_arrived = False
         self._signed_at = float("-inf")
         self._began: float | None = None
@@ -118,11 +119,11 @@ class RelayJob:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Have a relay, and know its address; that of an earlier process of the executor will do.
+        """Start a relay, or find the one of an earlier process of the executor.
 
         Raises:
-            LaunchError: If several end, if one would always end, has no address, or none is there
-                in time, however many were started.
+            LaunchError: If several relays have ended, if every relay would end, or if none has an
+                address in time.
             AwsError: If AWS refuses.
         """
         order = self._order
@@ -147,7 +148,7 @@ class RelayJob:
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
-        """End the relay, and those that were given up."""
+        """Terminate the relay, and the relays that were given up."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -159,7 +160,7 @@ class RelayJob:
             self._given_up.append(self._job_id)
             self._job_id = ""
         self._ended()
-        # The relay goes first: what is left of an object costs nothing.
+        # The relay is terminated first, as a forgotten object costs next to nothing.
         await asyncio.gather(*map(self._end, tuple(self._given_up)))
         with contextlib.suppress(AwsError):
             await self._clients.call(
@@ -175,7 +176,7 @@ class RelayJob:
         except AwsError as exc:
             _logger.error(
                 "the relay, job %s, could not be terminated: %s. `cloudexec stop --executor %s` "
-                "tries again; otherwise it ends by itself %d s after the last worker has left",
+                "tries again; otherwise the relay ends by itself %d s after its last connection",
                 job_id,
                 exc,
                 self._order.executor_id,
@@ -187,7 +188,7 @@ class RelayJob:
         self._given_up.remove(job_id)
 
     def cost(self) -> Cost:
-        """Say what the relay has cost, and will at least."""
+        """Return the cost of the relay so far, and the further cost that is unavoidable."""
         price = self._order.price
         accrued, committed = price.cost_of(self._spent), 0.0
         if self._began is not None:
@@ -207,7 +208,11 @@ class RelayJob:
     # One relay.
 
     async def _find(self, name: str) -> str:
-        """Return the job with a name, or a name that begins so, if it has not ended; or ""."""
+        """Return the id of a job that has not ended, by its name; empty if there is none.
+
+        Args:
+            name: The name; with ``*`` at the end, the beginning of the name.
+        """
         listed = await self._clients.call(
             "batch",
             "list_jobs",
@@ -224,7 +229,7 @@ class RelayJob:
         spec = replace(
             order.definition,
             compute="fargate",
-            user="0",  # its port is one of those for root alone
+            user="0",  # only root may listen on the relay's port
             job_role="",
             assign_public_ip=True,
             ephemeral_gib=None,
@@ -232,7 +237,7 @@ class RelayJob:
         )
         definition = await ensure_definition(self._clients, definition_request(spec))
         request = submit_request(
-            # A letter before the digits: what ends in a number is a job of workers.
+            # A letter precedes the digits, as the names of workers' jobs end in a number.
             name=f"{self._prefix}r{secrets.token_hex(4)}",
             queue=order.queue,
             definition=definition,
@@ -245,21 +250,21 @@ class RelayJob:
             tags=order.tags,
             attempt_seconds=int(order.lifetime),
             compute="fargate",
-            retry_reclaimed=False,  # that would have another address, and the same job
+            retry_reclaimed=False,  # a retry has another address, but the same job id
         )
 
         async def once() -> str:
             try:
                 answer = await self._clients.call("batch", "submit_job", once=True, **request)
             except AwsError as exc:
-                # It may have got there. One that is listed later ends by itself, unused.
+                # AWS may have accepted the job. If it is not listed yet, it ends by itself, unused.
                 if exc.transient and (found := await self._find(request["jobName"])):
                     return found
                 raise
             return str(answer["jobId"])
 
         self._has_arrived = self._is_inherited = False
-        # Shut down in the middle of it, the job has to be known, to be ended.
+        # If this is cancelled, the answer is still needed: without its id, the job cannot be ended.
         submitting = asyncio.ensure_future(insist(once, order.patience))
         try:
             self._job_id = await asyncio.shield(submitting)
@@ -269,16 +274,16 @@ class RelayJob:
             raise
 
     async def _arrive(self, deadline: float) -> _End | None:
-        """Wait until the relay runs; find its address, and say it to workers.
+        """Wait until the relay runs, and write its address to the bucket, where workers read it.
 
         Args:
-            deadline: Time of the monotonic clock by which it must run.
+            deadline: Time on the monotonic clock by which the relay must run.
 
         Returns:
-            How it has ended instead; ``None``: it is there.
+            The end of the relay; ``None`` if it runs.
 
         Raises:
-            LaunchError: If it does not come in time.
+            LaunchError: If it does not run in time.
             AwsError: If AWS refuses.
         """
         while True:
@@ -311,7 +316,7 @@ class RelayJob:
         return None
 
     async def _sign(self) -> None:
-        """Make the URL for workers that are launched from now on."""
+        """Make a new URL for workers that are launched from now on."""
         client = await self._clients.client("s3", once=True)
         with translated("s3", "GetObject"):
             self.url = await client.generate_presigned_url(
@@ -322,7 +327,7 @@ class RelayJob:
         self._signed_at = time.monotonic()
 
     async def _look(self) -> Any:
-        """Return what AWS says of the job; ``None``: it does not know it."""
+        """Return AWS Batch's description of the job; ``None`` if it does not know the job."""
         answer = await self._clients.call("batch", "describe_jobs", jobs=[self._job_id])
         details = next(iter(answer["jobs"]), None)
         if details is not None and self._began is None:
@@ -334,7 +339,7 @@ class RelayJob:
         return details
 
     async def _public_address(self, task: str) -> str:
-        """Return the address in the internet of a relay that runs; empty: not known yet.
+        """Return the public address of a relay that runs; empty if it is not known yet.
 
         References:
             Amazon ECS API Reference, "DescribeTasks" and "Attachment"; Amazon EC2 API Reference,
@@ -360,14 +365,14 @@ class RelayJob:
         except AwsError as exc:
             if exc.code != "InvalidNetworkInterfaceID.NotFound":
                 raise
-            return ""  # the task has ended since, and its interface is gone
+            return ""  # the task has ended meanwhile, and its interface was removed
         found = answer["NetworkInterfaces"]
         return next(
             (each["Association"]["PublicIp"] for each in found if "Association" in each), ""
         )
 
     async def _why(self, details: Mapping[str, Any] | None) -> _End:
-        """Say why the relay has ended."""
+        """Return the end of the relay, with its cause."""
         if details is None:
             return _End(f"the relay, job {self._job_id}, is not known to AWS Batch any more")
         tail = await self._inquiry.log_tail(details)
@@ -400,16 +405,16 @@ class RelayJob:
                 return str(cause)
         return reason or "AWS gives no reason"
 
-    # One after the other.
+    # Later relays.
 
     async def _watch(self) -> None:
-        """Look again and again, and have another relay where one has ended; until cancelled."""
+        """Check the relay periodically, and start another one if it has ended, until cancelled."""
         pause, said = _POLL, ""
         while True:
             await asyncio.sleep(pause)
             try:
                 for job_id in tuple(self._given_up):
-                    with contextlib.suppress(AwsError):  # the next round, or ``close``, does it
+                    with contextlib.suppress(AwsError):  # the next round or ``close`` tries again
                         await self._terminate(job_id, "it cannot be reached")
                 details = await self._look() if self._job_id else None
                 is_over = details is None or PHASES[details["status"]] is Phase.ENDED
@@ -427,16 +432,16 @@ class RelayJob:
                     raise LaunchError(end.text)
             except (AwsError, LaunchError) as exc:
                 if self._job_id and isinstance(exc, LaunchError):
-                    # It did not come up: the next one may.
+                    # This relay did not start, but the next one may.
                     self._given_up.append(self._job_id)
                     self._job_id = ""
                     self._ended()
                 if str(exc) != said:
                     said = str(exc)
-                    _logger.warning("the relay cannot be looked after now: %s", exc)
+                    _logger.warning("the relay cannot be checked or replaced now: %s", exc)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except Exception:
-                # A bug must not end the watch: nobody would start another relay.
+                # A bug must not end the watch, as then no other relay would be started.
                 _logger.exception("internal error while watching the relay")
                 pause = _LONGEST_PAUSE
             else:
@@ -445,7 +450,7 @@ class RelayJob:
                 self.on_move(self.address)
 
     def _replace(self, end: _End) -> None:
-        """Forget a relay that has ended, so that another one is started."""
+        """Forget a relay that has ended, so that the caller starts another one."""
         _logger.warning("another relay is started: %s", end.text)
         self._job_id = ""
         self._ended()
@@ -457,4 +462,4 @@ class RelayJob:
 
 
 def _nobody(_: str) -> None:
-    """Nobody wants to know."""
+    """Ignore a new address, before the executor sets ``on_move``."""

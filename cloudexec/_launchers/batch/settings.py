@@ -1,4 +1,4 @@
-"""The settings of the launcher for AWS Batch: what workers to run there."""
+"""The settings of the launcher for AWS Batch."""
 
 from __future__ import annotations
 
@@ -23,55 +23,59 @@ _PRIORITY_LARGEST = 9999
 class Batch(AwsLauncher):
     """Runs workers as AWS Batch jobs, on Fargate or EC2, on demand or Spot.
 
-    What it needs in the account comes from a profile, which ``cloudexec up`` writes, or from
-    ``queue``, ``execution_role``, ``job_role`` and ``image``. One launcher serves one
-    executor at a time.
+    The queues, roles and image come from a profile, which ``cloudexec up`` writes, or from
+    ``queue``, ``execution_role``, ``job_role`` and ``image``. One launcher serves one executor at a
+    time.
 
     Args:
-        vcpus: Of each worker. Fargate: 0.25, 0.5, 1, 2, 4, 8, 16 or 32.
-        memory: Of each worker: ``"2GiB"``, or MiB as an integer; by default the least there is of
-            2 GiB per vCPU or more. Several sizes are a ladder: a task lost to memory runs again
-            on the next larger one, ``("4GiB", "8GiB", "16GiB")``.
-        spot: Whether workers run on spare capacity, cheaper, which AWS takes back at will:
-            ``"prefer"`` goes on demand after repeated reclaims or when there is none, and needs a
-            profile, which has a queue for each.
+        vcpus: vCPUs of each worker. On Fargate, 0.25, 0.5, 1, 2, 4, 8, 16 or 32.
+        memory: Memory of each worker: ``"2GiB"``, or MiB as an integer. The default is the smallest
+            valid size with at least 2 GiB per vCPU. Several sizes, such as
+            ``("4GiB", "8GiB", "16GiB")``, are a ladder: a task that runs out of memory runs again
+            on the next larger size.
+        spot: Whether workers run on spare capacity, which is cheaper and which AWS may reclaim at
+            any time. With ``"prefer"``, they run on demand if there is none, or after repeated
+            reclaims; this needs a profile, which has a queue for Spot and one for on demand.
         compute: ``"fargate"`` or ``"ec2"``.
         arch: ``"x86_64"`` or ``"arm64"``.
-        slots_per_worker: Tasks that one worker runs at once; by default one per whole vCPU, or, of
-            those that say what they need (``with_options(cpus=, memory=)``), as many as fit.
-        profile: Name of a profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``
-            unless ``queue`` is given.
+        slots_per_worker: Tasks that one worker runs at once. The default is one per whole vCPU;
+            tasks with ``with_options(cpus=, memory=)`` run together as far as they fit.
+        profile: Name of a profile. If neither this nor ``queue`` is given, it is the value of
+            ``CLOUDEXEC_PROFILE``, or else ``"default"``.
         queue: Name or ARN of a job queue, instead of the profile's.
-        share_identifier: Whose share of that queue the workers take, where its scheduling policy
-            is fair share: letters and digits.
-        scheduling_priority: Of the workers within that share, 0 to 9999.
-        definition: Name or ARN of a job definition to use as it is, instead of one of ours.
+        share_identifier: Letters and digits that name the share from which the workers run, if the
+            queue has a fair-share scheduling policy.
+        scheduling_priority: Priority of the workers within their share, 0 to 9999.
+        definition: Name or ARN of a job definition to use unchanged, instead of one that the
+            executor registers.
         image: Image of the workers, instead of the profile's.
-        packages: Packages that workers have, in an image that is made for it and kept in the
-            profile's repository: ``"here"``, those that are installed here; ``"none"``; the path of
-            a requirements file, a ``pyproject.toml`` or a ``uv.lock``; or ``Packages(...)``. By
-            default the profile's image, or ``"here"`` where it has none.
+        packages: Packages of the workers, from which an image is made and kept in the profile's
+            repository: ``"here"`` for the packages that are installed here, ``"none"``, the path of
+            a requirements file, a ``pyproject.toml`` or a ``uv.lock``, or ``Packages(...)``. The
+            default is the profile's image, or ``"here"`` if it has none.
         job_role: ARN of the role that tasks have, instead of the profile's.
         execution_role: ARN of the role that pulls the image, instead of the profile's.
         region: AWS region, instead of the profile's or the SDK's.
-        assign_public_ip: Whether Fargate workers get a public address, instead of what the profile
-            says; on EC2, their subnet decides.
-        ephemeral_gib: Disk of each Fargate worker, 21 to 200; by default 20.
-        environment: Variables that every worker has. They can be read by all who may describe
-            jobs: no place for secrets.
-        tags: Put on every job, besides ours; 44 at most.
-        modules: Whether your own modules, those that are imported and not installed, are sent to
-            the workers; or the names of the top-level ones that are.
-        project: Goes into a tag, for ``cloudexec ps`` and the bill.
-        relay: How workers reach a machine that nothing can dial: ``True`` starts a relay in the
-            stack's VPC for each executor, ``"auto"`` does so where there is no other way;
-            ``"ssh://user@host"`` is a host of yours whose OpenSSH forwards a port, ``"host:port"``
-            a ``cloudexec relay`` that you run, and workers must reach either. ``False``: workers
-            dial this machine. By default what ``CLOUDEXEC_RELAY`` or the profile says.
-        max_runtime: Seconds after which AWS ends a worker, whatever became of this process.
+        assign_public_ip: Whether Fargate workers get a public address, instead of the profile's
+            setting. On EC2, the subnet decides this.
+        ephemeral_gib: Disk of each Fargate worker in GiB, 21 to 200; the default is 20.
+        environment: Environment variables of every worker. They must have no secrets, as everyone
+            who may describe jobs can read them.
+        tags: Up to 44 tags of every job, besides those of cloudexec.
+        modules: Whether your own modules, which are imported but not installed, are sent to the
+            workers; or the top-level names of the modules that are sent.
+        project: Value of a tag, by which ``cloudexec ps`` and the bill can be filtered.
+        relay: How workers reach a machine that accepts no connections. ``True`` starts a relay in
+            the stack's VPC for each executor, and ``"auto"`` does so if workers cannot dial this
+            machine. ``"ssh://user@host"`` names a host whose OpenSSH forwards a port, and
+            ``"host:port"`` a ``cloudexec relay`` that you run; workers must be able to dial it.
+            With ``False``, workers dial this machine. The default is the value of
+            ``CLOUDEXEC_RELAY``, or else the profile's.
+        max_runtime: Seconds after which AWS ends a worker, even if this process was killed.
 
     Raises:
-        ConfigError: If a setting is out of its range; wrong sizes name the nearest right ones.
+        ConfigError: If a setting is out of its range; for a wrong size, the message names the
+            nearest valid ones.
     """
 
     def __init__(
@@ -113,8 +117,8 @@ class Batch(AwsLauncher):
             )
         if spot == "prefer" and queue is not None:
             raise ConfigError(
-                f"spot='prefer' needs two queues, such as those of a profile, and queue={queue!r} "
-                f"is one: give profile= instead, or spot=True or False"
+                f"spot='prefer' needs two queues, such as a profile has, but queue={queue!r} names "
+                f"one: give profile= instead, or spot=True or False"
             )
         check_count("scheduling_priority", scheduling_priority, least=0)
         if scheduling_priority > _PRIORITY_LARGEST:
@@ -167,11 +171,11 @@ class Batch(AwsLauncher):
             yield site
 
     def of_workers(self) -> tuple[object, ...]:
-        """Return settings that tell workers apart, besides what ``describe`` says."""
+        """Return the settings that make workers differ and that ``describe`` does not name."""
         return (*super().of_workers(), self.queue, self.definition)
 
     def describe(self) -> str:
-        """Say in a few words what this launches."""
+        """Describe in a few words the workers that this launcher starts."""
         sizes = " or ".join(map(str, self.sizes))
         kind = "Fargate" if self.compute == "fargate" else "EC2"
         return f"AWS Batch workers on {kind}{' Spot' if self.spot else ''}, {sizes}"

@@ -1,4 +1,4 @@
-"""The launcher for AWS Fargate without AWS Batch: ``settings`` says what, ``platform`` does it."""
+"""The launcher for AWS Fargate without AWS Batch: its ``settings``, and its ``platform``."""
 
 from cloudexec._launchers.fargate.settings import Fargate
 

@@ -1,7 +1,8 @@
-"""Asking Amazon ECS for tasks, one call for each worker, until there is capacity for it.
+"""Asks Amazon ECS for tasks, with one call for each worker, until there is capacity for it.
 
-There is no queue in AWS in which a worker could wait for capacity, so it waits here: one background
-task asks again for all workers that wait. Of those that are alike, one finds out for the others.
+AWS has no queue in which such a worker could wait for capacity, so it waits here: one asyncio task
+asks again for all workers that wait. Of workers of the same kind, only one is asked for until there
+is capacity.
 """
 
 from __future__ import annotations
@@ -29,43 +30,44 @@ __all__ = ["BURST", "CALLS_PER_SECOND", "Asker", "Worker"]
 _logger = Log()
 
 CALLS_PER_SECOND = 20
-"""RunTask calls that AWS takes per second, and at once after a pause. Amazon ECS Developer Guide,
+"""RunTask calls that AWS accepts per second, and at once after a pause. Amazon ECS Developer Guide,
 "AWS Fargate throttling quotas"."""
 BURST = CALLS_PER_SECOND // 2
-"""Calls that are made at once: half of what AWS takes, as calls that are slow on their way arrive
-together with later ones."""
+"""Calls that are made at once. These are half of what AWS accepts, as slow calls arrive together
+with later ones."""
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 15.0
-"""Seconds until Amazon ECS is asked again where it had no capacity, at first and in the end."""
+"""Seconds until Amazon ECS is asked again after it had no capacity; doubled up to the longest."""
 _CLOSE_PATIENCE = 20.0
-"""Seconds for which calls are waited for that are being made at the end."""
+"""Seconds that ``close`` waits for the answers of calls."""
 _NOT_SEEN = WorkerStatus(phase=Phase.ACCEPTED)
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One worker, from the request on.
+    """One worker, from the request for its job on.
 
     Attributes:
-        name: Of its job.
-        spot: Whether it is to run on Fargate Spot.
-        request: What is to run; ``None``: an earlier process has asked for it.
-        arn: Its task; empty: there is none yet, or none any more.
-        parameters: Of the RunTask call, which stay the same until it is answered.
-        attempt: Which call it is.
-        asked_at: When the call was made that started its task, on the monotonic clock.
-        tried_at: When it was last asked for, on the monotonic clock.
-        reason: Why there is no task, in the words with which Amazon ECS answers for one worker.
-        end: How it ended without a task that could say so.
-        seen: What Amazon ECS has told of its task last.
-        missing_since: Since when Amazon ECS does not know a task that it has told of, on the
-            monotonic clock; ``None``: it knows it.
-        is_known: Whether Amazon ECS has told of its task.
-        is_taken: Whether the platform answers for it: it is asked for again as long as it waits.
-        is_unsure: Whether a call may have started a task whose answer did not come.
-        is_doomed: Whether it is to end.
-        doom: Why, for people.
-        asking: The call that is being made.
+        name: Name of its job.
+        spot: Whether it runs on Fargate Spot.
+        request: The request for its job; ``None`` if an earlier process had the request.
+        arn: ARN of its task; empty if there is no task yet, or no task any more.
+        parameters: Parameters of the RunTask call. They stay the same until the call is answered.
+        attempt: Number of the RunTask call, from 1.
+        asked_at: Time when its task was started, on the monotonic clock.
+        tried_at: Time of the last RunTask call, on the monotonic clock.
+        reason: Why there is no task, in the words of Amazon ECS.
+        end: The worker's end, if it has no task from which the end could be read.
+        seen: The last status of its task.
+        missing_since: Time since which Amazon ECS does not list its task, on the monotonic clock;
+            ``None`` if it does.
+        is_known: Whether Amazon ECS has ever listed its task.
+        is_taken: Whether the job counts as submitted, so that the worker is asked for until there
+            is capacity.
+        is_unsure: Whether a call that was not answered may have started a task.
+        is_doomed: Whether the worker must end.
+        doom: The reason for that, for people.
+        asking: The asyncio task that makes a call; ``None`` if there is none.
     """
 
     name: str
@@ -89,26 +91,26 @@ class Worker:
 
     @property
     def waits(self) -> bool:
-        """Whether it is to be asked for again."""
+        """Whether it must be asked for again."""
         return self.is_taken and not (
             self.arn or self.end or self.is_doomed or self.request is None
         )
 
     @property
     def kind(self) -> tuple[bool, int]:
-        """Workers of one kind find capacity, or do not, alike."""
+        """The kind of capacity that it needs. Workers of the same kind find capacity or do not."""
         return self.spot, self.request.size if self.request is not None else 0
 
 
 @dataclass(slots=True)
 class _Drought:
-    """Nothing of one kind can be had.
+    """A time in which there is no capacity of one kind.
 
     Attributes:
-        reason: In the words of Amazon ECS; empty: it did not say.
-        trouble: Why it did not: an error that may pass.
-        until: When it is asked for again, on the monotonic clock.
-        pause: Seconds until then.
+        reason: The message of Amazon ECS; empty if the call failed.
+        until: Time of the next call, on the monotonic clock.
+        pause: Seconds between the last call and the next one.
+        trouble: The error with which the call failed, if it may pass; empty if there was none.
     """
 
     reason: str
@@ -121,12 +123,12 @@ class Asker:
     """Asks for the tasks of one executor's workers.
 
     Args:
-        clients: For RunTask.
-        workers: All workers by name, which the platform adds to.
-        parameters: Returns those of a worker's RunTask call.
-        redefine: Registers a task definition again, given the one that is gone.
-        started_by: Returns the ARNs of the tasks of a worker that run, by its name.
-        stop: Stops a task: its ARN, and why.
+        clients: Makes calls to AWS.
+        workers: All workers by name. The platform adds workers to it.
+        parameters: Returns the parameters of a worker's RunTask call.
+        redefine: Takes a task definition that was removed, and registers it again.
+        started_by: Takes the name of a worker, and returns the ARNs of its tasks that run.
+        stop: Stops a task. Takes its ARN and the reason.
         stop_hint: What a user can do to end workers; see ``Platform``.
     """
 
@@ -155,7 +157,7 @@ class Asker:
         self._stops: set[asyncio.Task[None]] = set()
 
     async def ask(self, worker: Worker) -> None:
-        """Ask for the task of a worker. The answer is heard also if this is cancelled.
+        """Ask for the task of a worker. If this is cancelled, the answer is still recorded.
 
         Raises:
             AwsError: If AWS refuses.
@@ -164,13 +166,13 @@ class Asker:
         await asyncio.shield(self._begin(worker, self._run_task(worker)))
 
     def ask_again(self) -> None:
-        """Ask again for the workers that wait, from now on and in the background."""
+        """Start to ask again for the workers that wait, in the background."""
         self._wake.set()
         if self._again is None or self._again.done():
             self._again = asyncio.get_running_loop().create_task(self._keep_asking())
 
     def go_without(self, worker: Worker, reason: str) -> None:
-        """Let a worker wait for capacity, and with it all others of its kind."""
+        """Let a worker and all others of its kind wait for capacity."""
         worker.arn, worker.reason = "", reason
         worker.seen, worker.is_known, worker.missing_since = _NOT_SEEN, False, None
         worker.parameters = {}
@@ -178,7 +180,7 @@ class Asker:
         self._pause(worker, reason)
 
     def trouble(self, worker: Worker) -> str:
-        """Say why AWS cannot be asked for a worker that waits; empty: it can."""
+        """Return why AWS cannot be asked for a worker that waits; empty if it can."""
         drought = self._droughts.get(worker.kind)
         return drought.trouble if drought is not None and worker.waits else ""
 
@@ -189,10 +191,10 @@ class Asker:
         stop.add_done_callback(self._stops.discard)
 
     async def close(self) -> None:
-        """Ask no more, and stop what calls that are being made still start.
+        """Make no more calls, and stop the tasks that calls still start.
 
-        A call of which no answer comes in some seconds is given up. A task that it may have started
-        finds no client, and ends by itself.
+        A call that is not answered within some seconds is given up. If it has started a task, its
+        worker finds no client, and ends by itself.
         """
         if self._again is not None:
             self._again.cancel()
@@ -225,14 +227,14 @@ class Asker:
         async def ask() -> None:
             await call
             if worker.is_doomed and worker.arn:
-                # Those who ended the worker may not have waited for this answer.
+                # ``FargatePlatform.terminate`` may have given up waiting for this answer.
                 await self._stop_late(worker.arn, worker.doom)
 
         def asked(done: asyncio.Task[None]) -> None:
             worker.asking = None
             self._wake.set()
             if not done.cancelled():
-                done.exception()  # it is raised where it is waited for, which is not necessary
+                done.exception()  # so that asyncio does not warn if no caller awaits the task
 
         worker.asking = asyncio.get_running_loop().create_task(ask())
         worker.asking.add_done_callback(asked)
@@ -255,19 +257,20 @@ class Asker:
             if not exc.transient and may_pass(exc.message):
                 tasks, reason = [], exc.message
             elif _is_gone(exc):
-                # Somebody has removed the definition since: it is registered again.
+                # The definition was removed meanwhile, so it is registered again.
                 await self._redefine(worker.parameters["taskDefinition"])
                 tasks, reason = await self._call_anew(worker)
             else:
                 raise
         if not tasks and was_unsure:
-            # The next call has another token, so this is the last moment to find out.
+            # The next call has another client token, and AWS would start a second task for it. So
+            # a task that was started without an answer must be found now.
             worker.is_unsure = True
             tasks = await self._started_by(worker.name)
         worker.is_unsure = False
         if tasks:
             worker.arn, worker.reason, worker.asked_at = tasks[0], "", time.monotonic()
-            worker.parameters = {}  # which may have the key
+            worker.parameters = {}  # the parameters may contain the key, so they are not kept
             self._droughts.pop(worker.kind, None)
             return
         if worker.is_doomed:
@@ -278,22 +281,22 @@ class Asker:
         self.go_without(worker, reason)
 
     async def _call_anew(self, worker: Worker) -> tuple[list[str], str]:
-        """Make another call instead of one that always fails, unless the worker is to end."""
+        """Make another call instead of one that always fails, unless the worker must end."""
         if worker.is_unsure and (found := await self._started_by(worker.name)):
             return found, ""
         if worker.is_doomed:
             return [], ""
         if not worker.is_unsure:
             worker.attempt += 1
-        # Else the token stays the same: if a call that was not answered has started a task that is
-        # not listed yet, AWS refuses this one as a conflict, and names that task.
+        # Otherwise the client token stays the same: if a call that was not answered has started a
+        # task that is not listed yet, AWS refuses this call as a conflict, and names the task.
         worker.parameters = self._parameters(worker)
         return await self._call_run_task(worker)
 
     async def _call_run_task(self, worker: Worker) -> tuple[list[str], str]:
-        """Make the call; return ARNs, or why there are none.
+        """Make the RunTask call, and return the ARNs of its tasks, or else the reason.
 
-        The SDK makes it again by itself where no answer came, with the same client token.
+        If there is no answer, the SDK repeats the call by itself, with the same client token.
         """
         before, worker.is_unsure = worker.is_unsure, True
         try:
@@ -310,7 +313,7 @@ class Asker:
         return [str(each["taskArn"]) for each in answer["tasks"]], next(iter(failures), "")
 
     def _pause(self, worker: Worker, reason: str, trouble: str = "") -> None:
-        """Ask for nothing of a worker's kind for a while."""
+        """Ask for no workers of this worker's kind for a while."""
         now = time.monotonic()
         drought = self._droughts.get(worker.kind)
         if drought is None or now >= drought.until:
@@ -318,16 +321,16 @@ class Asker:
             self._droughts[worker.kind] = _Drought(reason, now + pause, pause, trouble)
 
     async def _stop_late(self, arn: str, reason: str) -> None:
-        """Stop a task that nothing else stops; if that fails, say so."""
+        """Stop a task, and log an error if that fails."""
         try:
             await insist(lambda: self._stop(arn, reason))
         except CloudexecError as exc:
             _logger.error("the task %s could not be stopped: %s. %s", arn, exc, self._stop_hint)
 
-    # Again.
+    # Later calls.
 
     async def _keep_asking(self) -> None:
-        """Ask for workers that wait, as long as there are some."""
+        """Ask for workers that wait, until there are none."""
         while any(each.waits for each in self._workers.values()):
             self._wake.clear()
             pause = await self._ask_some()
@@ -335,7 +338,7 @@ class Asker:
                 await asyncio.wait_for(self._wake.wait(), pause)
 
     async def _ask_some(self) -> float:
-        """Ask for those workers that may find a place now; return seconds until there may be more.
+        """Ask for workers that may find a place now, and return the seconds until the next round.
 
         Calls are made at the same time, since each of them may take long.
         """
@@ -354,18 +357,18 @@ class Asker:
                     pause = min(pause, left)
                     continue
                 if len(idle) < len(workers):
-                    continue  # the answer for one that is asked for comes, and wakes this up
+                    continue  # one worker is being asked for, and its answer wakes this up
                 idle = sorted(idle, key=lambda each: each.tried_at)[:1]
             for each in idle:
                 await self.pacer.wait()
                 if each.waits:
                     self._begin(each, self._ask_quietly(each))
                 if self._droughts.get(kind) is not drought:
-                    break  # an answer has come meanwhile
+                    break  # an answer has come meanwhile, so the next round decides
         return pause
 
     async def _ask_quietly(self, worker: Worker) -> None:
-        """Ask for a worker that nobody waits for at this moment, and note what becomes of it."""
+        """Ask for a worker in the background, and record an error in the worker."""
         try:
             await self._run_task(worker)
         except CloudexecError as exc:
@@ -379,7 +382,7 @@ class Asker:
 
 
 def _is_gone(exc: AwsError) -> bool:
-    """Whether there is no task definition of that name any more, or it is not active."""
+    """Return whether the call has failed because the task definition was removed."""
     return exc.code == "ClientException" and "TaskDefinition" in exc.message
 
 

@@ -1,4 +1,4 @@
-"""Keeps calls below a rate that AWS publishes, so that none is refused as too many."""
+"""Keeps the rate of calls below the limit that AWS publishes, so that AWS throttles none."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _ROUNDING = 1e-9
 
 
 class Pacer:
-    """Says when the next call may be made. Used on one event loop.
+    """Delays calls to keep their rate. It may be used on one event loop only.
 
     Args:
-        per_second: Calls per second in the long run.
-        burst: Calls at once after a pause.
-        clock: Tells the time in seconds.
-        sleep: Waits for seconds.
+        per_second: Largest number of calls per second in the long run.
+        burst: Number of calls that may be made at once after a pause.
+        clock: Returns the time in seconds.
+        sleep: Waits for a number of seconds.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Pacer:
         self._clock = clock
         self._sleep = sleep
         self._next = float("-inf")
-        """When the next call would be made if calls came evenly."""
+        """Time of the next call if calls were made at even intervals."""
 
     def is_free(self, turns: int = 1) -> bool:
         """Say whether ``wait`` would return at once.
@@ -57,6 +57,6 @@ class Pacer:
         at = max(self._next, now) + (turns - 1) * self._interval
         self._next = at + self._interval
         if (pause := at - now - self._ahead) > 0:
-            # A turn that is not used after all, since this is cancelled, is lost: that is rare, and
-            # those behind it have been given theirs.
+            # If this is cancelled, its turn is lost: that is rare, and later callers already know
+            # the times of their turns.
             await self._sleep(pause)

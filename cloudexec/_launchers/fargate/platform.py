@@ -1,15 +1,14 @@
-"""AWS Fargate as a platform: each worker is a task that Amazon ECS is asked for, without a queue.
+"""AWS Fargate as a platform: each worker is a task of Amazon ECS, without a queue of AWS Batch.
 
-All tasks of one RunTask call get the same variables, and ten may be asked for at once. Here each
-worker has a call of its own, so that the number by which it introduces itself is in its variables:
-it then needs nothing that may be missing when it starts, neither an answer of the metadata endpoint
-nor one of RunTask that is lost, or comes after the worker. A client token for each worker makes
-sure that a call which is made again starts no second task, and a failure is that of one worker.
-This costs next to nothing: AWS takes 20 calls a second, as many as Fargate starts tasks a second
-after the first hundred, which therefore are asked for within four seconds instead of one.
+One RunTask call can start ten tasks, but they all get the same environment variables. So each
+worker has a call of its own, and its launch number is in its variables. It then depends neither on
+the metadata endpoint nor on the answer of RunTask, which may be lost, or come after the worker has
+started. A client token for each worker makes sure that a repeated call starts no second task, and a
+failed call concerns one worker only. This costs little time: AWS accepts 20 calls a second, and
+after the first hundred tasks, Fargate starts 20 tasks a second. Only the first hundred take four
+seconds instead of one.
 
-There is no queue in AWS in which a worker could wait for capacity, so it waits here: see
-``asking``.
+AWS has no queue in which such a worker could wait for capacity, so it waits here: see ``asking``.
 """
 
 from __future__ import annotations
@@ -74,15 +73,15 @@ __all__ = ["FargatePlatform", "Settings", "connect"]
 
 _SPOT_PATIENCE = 60.0
 _UNSEEN = 300.0
-"""Seconds for which Amazon ECS may not know a task that it has started: it says so for a moment."""
+"""Seconds for which Amazon ECS may not list a task that it has started, as its answers may lag."""
 _MISSING = 120.0
-"""Seconds for which it may not know one that it has told of: its answers may go back."""
+"""Seconds for which it may not list a task that it has listed before, as answers may be older."""
 _SPOT_DRAIN = "100"
-"""Seconds in which tasks on Spot may finish, of the 120 of the notice."""
+"""Seconds in which the tasks of a worker may finish, of the 120 seconds of a Spot notice."""
 
 
 class Settings(AwsSettings, Protocol):
-    """What the platform must know of the settings of ``Fargate``, which describes them."""
+    """The settings of ``Fargate`` that the platform uses; ``Fargate`` describes them."""
 
     cluster: str | None
     security_groups: tuple[str, ...] | None
@@ -151,20 +150,20 @@ class FargatePlatform(AwsPlatform):
         self._image = await self._find_image()
 
     async def close(self) -> None:
-        """End what was started for the executor as a whole."""
+        """Make no more calls for tasks, and end the relay."""
         await self._asker.close()
         await super().close()
 
     def spot_patience(self, workers: int) -> float:
-        """Say in how many seconds so many workers find a place on Spot, if there is any."""
+        """Return the seconds in which workers find a place on Spot if there is capacity."""
         return _SPOT_PATIENCE + max(0, workers - BURST) / CALLS_PER_SECOND
 
     def lacks_capacity(self, reason: str) -> bool:
-        """Say whether Amazon ECS has said that there is no capacity."""
+        """Return whether a message of Amazon ECS says that there is no capacity."""
         return is_out_of_capacity(reason)
 
     async def is_full(self, jobs: Sequence[WaitingJob]) -> bool:
-        """Say whether workers wait since others of this executor use up the account's quota."""
+        """Return whether workers wait because the executor's others use up the account's quota."""
         reasons = [each.reason for each in jobs if each.reason and each.counts.get(Phase.WAITING)]
         placed = any(
             each.counts.get(Phase.STARTING) or each.counts.get(Phase.RUNNING) for each in jobs
@@ -174,9 +173,10 @@ class FargatePlatform(AwsPlatform):
     # Submission.
 
     async def prepare(self) -> None:
-        """Find the task definition, or register it; and wait for the turn of this worker.
+        """Find the task definition, or register it, and wait until a RunTask call may be made.
 
-        That is done here since the wait may be long, and ends when the executor shuts down.
+        The wait may be long. It is here because ``prepare`` is cancelled when the executor shuts
+        down, and ``submit`` is not.
         """
         await self._define()
         await self._asker.pacer.wait()
@@ -185,14 +185,14 @@ class FargatePlatform(AwsPlatform):
         return await ensure_task_definition(self._clients, task_definition_request(spec))
 
     async def submit(self, request: JobRequest) -> Submitted:
-        """Ask for a task; where there is no capacity for it, the worker waits."""
+        """Ask for a task; if there is no capacity for it, let the worker wait."""
         worker = self._workers.setdefault(request.name, Worker(request.name))
         worker.request, worker.spot = request, request.spot
         await self._asker.ask(worker)
         return self._taken(worker)
 
     def _taken(self, worker: Worker) -> Submitted:
-        """Answer for a worker from now on."""
+        """Mark a worker as submitted, and return its ids."""
         worker.is_taken = True
         if worker.waits:
             self._asker.ask_again()
@@ -219,7 +219,7 @@ class FargatePlatform(AwsPlatform):
         )
 
     async def find(self, name: str, *, spot: bool) -> Submitted | None:
-        """Find a task by whom it was started by."""
+        """Return the worker of a job by its task, whose ``startedBy`` is the job's name."""
         arns = await self._started_by(name)
         if not arns:
             return None
@@ -232,10 +232,10 @@ class FargatePlatform(AwsPlatform):
         listed = await self._call("ecs", "list_tasks", cluster=cluster, startedBy=name)
         return [str(each) for each in listed["taskArns"]]
 
-    # Looking.
+    # Status.
 
     async def describe(self, inspections: Sequence[Inspection]) -> Mapping[str, JobStatus]:
-        """Ask for the states of tasks."""
+        """Return the states of workers, by the states of their tasks."""
         await self._learn({each.job_id for each in inspections} - self._workers.keys())
         workers = {
             each.job_id: self._workers[each.job_id]
@@ -252,7 +252,7 @@ class FargatePlatform(AwsPlatform):
         return found
 
     async def _learn(self, names: set[str]) -> None:
-        """Find the tasks that an earlier process has started, also those that have stopped."""
+        """Find the tasks that an earlier process has started, even if they have stopped."""
         if not names:
             return
         arns: dict[str, None] = {}
@@ -261,7 +261,7 @@ class FargatePlatform(AwsPlatform):
             listed = self._clients.pages("ecs", "list_tasks", "taskArns", **given)
             arns |= {str(each): None async for each in listed}
         tasks = await self._describe(list(arns))
-        # Of several tasks of one worker, all but the last have found no capacity.
+        # If a worker has had several tasks, all but the last one have found no capacity.
         for arn, task in sorted(tasks.items(), key=lambda each: _made_at(each[1])):
             if (name := task.get("startedBy", "")) in names:
                 spot = task.get("capacityProviderName") == "FARGATE_SPOT"
@@ -306,7 +306,7 @@ class FargatePlatform(AwsPlatform):
         return worker.seen
 
     def _missing(self, worker: Worker) -> WorkerStatus:
-        """Say how a worker is whose task Amazon ECS does not know."""
+        """Return the status of a worker whose task Amazon ECS does not list."""
         if worker.seen.phase is Phase.ENDED:
             return worker.seen
         now = time.monotonic()
@@ -320,20 +320,20 @@ class FargatePlatform(AwsPlatform):
             "now"
         )
         worker.end = WorkerEnd(reason=Reason(forgotten))
-        # Should it run after all, nothing else would stop it.
+        # If the task runs after all, nothing else would stop it.
         self._asker.stop_soon(worker.arn, "cloudexec: Amazon ECS did not know it any more")
         return WorkerStatus(phase=Phase.ENDED, ends=[worker.end])
 
     async def explain(
         self, waiting: Sequence[WaitingJob], ends: Sequence[WorkerEnd]
     ) -> Reason | None:
-        """Say why workers do not come, by what Amazon ECS has said of them."""
+        """Return why workers have not connected, by the messages of Amazon ECS."""
         for each in waiting:
             worker = self._workers.get(each.job_id)
             if worker is not None and (trouble := self._asker.trouble(worker)):
-                # This says nothing of the worker itself, and may pass.
+                # The error is not the worker's, and may pass, so no other cause is looked for.
                 text = f"Amazon ECS cannot be asked for workers now: {trouble}"
-                return Reason(text, "it is tried again")
+                return Reason(text, "the request is repeated")
         situation = Situation(
             statuses=statuses_of(waiting),
             reasons=[each.reason for each in waiting if each.reason],
@@ -350,7 +350,7 @@ class FargatePlatform(AwsPlatform):
     # The end.
 
     async def terminate(self, targets: Sequence[Target], reason: str) -> None:
-        """Stop tasks, and ask for no more of those that wait."""
+        """Stop the tasks of workers, and ask no more for workers that wait."""
         workers = [
             self._workers.setdefault(each.job_id, Worker(each.job_id, is_unsure=True))
             for each in targets
@@ -361,7 +361,7 @@ class FargatePlatform(AwsPlatform):
 
     async def _stop(self, worker: Worker, reason: str) -> None:
         if worker.asking is not None and not worker.arn:
-            # If this lasts longer than it is waited for, the task is stopped when the answer comes.
+            # If the caller gives up this wait, the task is stopped when the answer comes.
             await asyncio.wait([worker.asking])
         arns = {worker.arn} - {""}
         if worker.is_unsure:
@@ -374,12 +374,12 @@ class FargatePlatform(AwsPlatform):
             cluster = self._placement.cluster
             await self._call("ecs", "stop_task", cluster=cluster, task=arn, reason=reason)
         except AwsError as exc:
-            # One that has stopped long ago is not known any more.
+            # Amazon ECS does not know a task any more that has stopped long ago.
             if exc.code != "InvalidParameterException":
                 raise
 
 
 def _made_at(task: Mapping[str, Any]) -> float:
-    """Return when a task was made, Unix time; 0: it does not say."""
+    """Return the Unix time when a task was created; 0 if it is not known."""
     created = task.get("createdAt")
     return created.timestamp() if created else 0.0

@@ -1,4 +1,4 @@
-"""What Amazon ECS says of tasks, read."""
+"""Reads Amazon ECS's descriptions of tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 _PHASES: Mapping[str, Phase] = {
-    # A task costs from the start of its image's download on, and has no place for sure before.
+    # A task costs money from the start of its image's download, and may have no place before.
     "PROVISIONING": Phase.WAITING,
     "PENDING": Phase.STARTING,
     "ACTIVATING": Phase.STARTING,
@@ -32,14 +32,14 @@ _PHASES: Mapping[str, Phase] = {
 }
 """Amazon ECS Developer Guide, "Amazon ECS task lifecycle"."""
 _TIME_IS_UP = (142, 143)
-"""Exit codes after SIGALRM and SIGTERM, by which a worker ends itself."""
+"""Exit codes after SIGALRM and SIGTERM, with which a worker ends itself at its time limit."""
 
 
 def phase_of_task(task: Mapping[str, Any]) -> Phase:
-    """Say how far a task is.
+    """Return the phase of a task.
 
-    One that stops has ended when its container has: what comes after that, such as the removal of
-    its network interface, takes a while and is of no matter to its worker.
+    A task that is being stopped counts as ended as soon as its container has ended. The rest, such
+    as the removal of its network interface, takes a while and does not concern the worker.
     """
     containers = task.get("containers", ())
     if task.get("desiredStatus") == "STOPPED" and (
@@ -55,7 +55,7 @@ def log_stream(arn: str) -> str:
 
 
 def found_no_capacity(task: Mapping[str, Any]) -> bool:
-    """Whether a task has stopped before it ran, for want of capacity."""
+    """Return whether a task has stopped before it ran because there was no capacity."""
     never_ran = not task.get("startedAt") and not task.get("pullStartedAt")
     return (
         _PHASES.get(task["lastStatus"]) is Phase.ENDED
@@ -65,7 +65,7 @@ def found_no_capacity(task: Mapping[str, Any]) -> bool:
 
 
 def run_of_task(task: Mapping[str, Any]) -> WorkerEnd:
-    """Read when a task began to cost, and when it ended."""
+    """Return when a task began to cost money, and when it ended."""
     began = task.get("pullStartedAt") or task.get("startedAt")
     ended = task.get("stoppedAt") or task.get("executionStoppedAt")
     return WorkerEnd(
@@ -74,10 +74,10 @@ def run_of_task(task: Mapping[str, Any]) -> WorkerEnd:
 
 
 def end_of_task(task: Mapping[str, Any], *, lifetime: float) -> JobEnd:
-    """Read how a task ended.
+    """Return the end of a task.
 
     Args:
-        task: As DescribeTasks has it.
+        task: The task, as in the answer of DescribeTasks.
         lifetime: Seconds after which workers end themselves.
     """
     container: Mapping[str, Any] = next(iter(task.get("containers", ())), {})

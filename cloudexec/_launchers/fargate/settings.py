@@ -1,4 +1,4 @@
-"""The settings of the launcher for AWS Fargate: what workers to run there, without AWS Batch."""
+"""The settings of the launcher for AWS Fargate without AWS Batch."""
 
 from __future__ import annotations
 
@@ -18,50 +18,53 @@ __all__ = ["Fargate"]
 class Fargate(AwsLauncher):
     """Runs workers as tasks of Amazon ECS on AWS Fargate, on demand or Spot, without AWS Batch.
 
-    No queue of AWS Batch is between, so workers are expected to start sooner than those of
-    ``Batch``; that is not measured on AWS. What it needs in the account comes from a profile,
+    As its workers pass no queue of AWS Batch, they are expected to start sooner than those of
+    ``Batch``; that is not measured on AWS. Cluster, network, roles and image come from a profile,
     which ``cloudexec up --with fargate`` writes, or from ``cluster``, ``subnets``,
     ``security_groups``, ``execution_role``, ``job_role`` and ``image``.
     One launcher serves one executor at a time.
 
     Args:
-        vcpus: Of each worker: 0.25, 0.5, 1, 2, 4, 8 or 16.
-        memory: Of each worker: ``"2GiB"``, or MiB as an integer; by default the least there is of
-            2 GiB per vCPU or more. Several sizes are a ladder: a task lost to memory runs again
-            on the next larger one, ``("4GiB", "8GiB", "16GiB")``.
-        spot: Whether workers run on Fargate Spot, cheaper, which AWS takes back with a notice of
-            two minutes: ``"prefer"`` goes on demand after repeated reclaims or when there is none.
+        vcpus: vCPUs of each worker: 0.25, 0.5, 1, 2, 4, 8 or 16.
+        memory: Memory of each worker: ``"2GiB"``, or MiB as an integer. The default is the smallest
+            valid size with at least 2 GiB per vCPU. Several sizes, such as
+            ``("4GiB", "8GiB", "16GiB")``, are a ladder: a task that runs out of memory runs again
+            on the next larger size.
+        spot: Whether workers run on Fargate Spot, which is cheaper and which AWS reclaims with a
+            notice of two minutes. With ``"prefer"``, they run on demand if there is no capacity,
+            or after repeated reclaims.
         arch: ``"x86_64"`` or ``"arm64"``.
-        slots_per_worker: Tasks that one worker runs at once; by default one per whole vCPU, or, of
-            those that say what they need (``with_options(cpus=, memory=)``), as many as fit.
-        profile: Name of a profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``
-            unless ``cluster`` is given.
+        slots_per_worker: Tasks that one worker runs at once. The default is one per whole vCPU;
+            tasks with ``with_options(cpus=, memory=)`` run together as far as they fit.
+        profile: Name of a profile. If neither this nor ``cluster`` is given, it is the value of
+            ``CLOUDEXEC_PROFILE``, or else ``"default"``.
         cluster: Name or ARN of a cluster of Amazon ECS, instead of the profile's. For Spot, it
             must be associated with the capacity provider FARGATE_SPOT.
-        subnets: Ids of the subnets in which workers run, instead of the profile's; 16 at most.
-        security_groups: Ids of the groups that workers are in, instead of the profile's; 5 at most.
+        subnets: Up to 16 ids of the subnets in which workers run, instead of the profile's.
+        security_groups: Up to 5 ids of the workers' security groups, instead of the profile's.
         image: Image of the workers, instead of the profile's.
-        packages: Packages that workers have, in an image that is made for it; see ``Batch``.
+        packages: Packages of the workers, from which an image is made; see ``Batch``.
         job_role: ARN of the role that tasks have, instead of the profile's.
         execution_role: ARN of the role that pulls the image, instead of the profile's.
         region: AWS region, instead of the profile's or the SDK's.
-        assign_public_ip: Whether workers get a public address, instead of what the profile says.
-        ephemeral_gib: Disk of each worker, 21 to 200; by default 20.
-        environment: Variables that every worker has. They can be read by all who may describe
-            tasks: no place for secrets.
-        tags: Put on every task, besides ours; 44 at most.
-        modules: Whether your own modules, those that are imported and not installed, are sent to
-            the workers; or the names of the top-level ones that are.
-        project: Goes into a tag, for ``cloudexec ps`` and the bill.
-        relay: How workers reach a machine that nothing can dial; see ``Batch``. A relay that is
-            started is a job of AWS Batch in the stack, here too.
-        max_runtime: Seconds after which a worker ends, whatever became of this process. Amazon ECS
-            has no time limit for tasks, so the worker keeps it itself, if the image has this
-            version of cloudexec and the task gets as far as starting it. ``cloudexec doctor`` and
-            ``cloudexec ps`` name tasks that are past their time.
+        assign_public_ip: Whether workers get a public address, instead of the profile's setting.
+        ephemeral_gib: Disk of each worker in GiB, 21 to 200; the default is 20.
+        environment: Environment variables of every worker. They must have no secrets, as everyone
+            who may describe tasks can read them.
+        tags: Up to 44 tags of every task, besides those of cloudexec.
+        modules: Whether your own modules, which are imported but not installed, are sent to the
+            workers; or the top-level names of the modules that are sent.
+        project: Value of a tag, by which ``cloudexec ps`` and the bill can be filtered.
+        relay: How workers reach a machine that accepts no connections; see ``Batch``. A relay that
+            the launcher starts is a job of AWS Batch in the stack, here too.
+        max_runtime: Seconds after which a worker ends, even if this process was killed. As Amazon
+            ECS has no time limit for tasks, the worker itself keeps the limit. This needs an image
+            with this version of cloudexec, and a task that starts the worker. ``cloudexec doctor``
+            and ``cloudexec ps`` name tasks that have exceeded their limit.
 
     Raises:
-        ConfigError: If a setting is out of its range; wrong sizes name the nearest right ones.
+        ConfigError: If a setting is out of its range; for a wrong size, the message names the
+            nearest valid ones.
     """
 
     most_vcpus = ECS_MOST_VCPUS
@@ -136,11 +139,11 @@ class Fargate(AwsLauncher):
             yield site
 
     def of_workers(self) -> tuple[object, ...]:
-        """Return settings that tell workers apart, besides what ``describe`` says."""
+        """Return the settings that make workers differ and that ``describe`` does not name."""
         return (*super().of_workers(), self.cluster)
 
     def describe(self) -> str:
-        """Say in a few words what this launches."""
+        """Describe in a few words the workers that this launcher starts."""
         sizes = " or ".join(map(str, self.sizes))
         return f"tasks on Fargate{' Spot' if self.spot else ''}, {sizes}"
 

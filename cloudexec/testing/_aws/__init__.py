@@ -4,7 +4,7 @@
 and moto answers it, unless this package does: ``batch_jobs`` and ``batch_resources`` (with
 ``limits``), ``cloudformation`` (with ``templates`` and ``stack_resources``), ``prices``,
 ``registry`` and ``ghosts``. ``engine`` runs the jobs (``jobs``) through ``runners`` or
-``containers``, within ``capacity``; ``logs`` and ``memory`` serve them. ``faults`` holds what a
-test has asked to go wrong, and ``permissions`` applies an IAM policy. ``session`` starts and ends
-all of it for ``fake.FakeAWS``.
+``containers``, within ``capacity``; ``logs`` and ``memory`` serve them. ``faults`` holds the faults
+that a test has requested, and ``permissions`` applies an IAM policy. ``session`` starts and ends
+all parts for ``fake.FakeAWS``.
 """

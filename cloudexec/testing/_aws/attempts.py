@@ -1,6 +1,6 @@
-"""A job's attempts, from the place that it has been given to the attempt's end.
+"""Runs the attempts of jobs, from the moment that a job has been placed to the attempt's end.
 
-Each attempt that runs has a thread that starts it and waits for its end, outside the engine's lock.
+Each attempt has a thread that starts it and waits for its end, outside the engine's lock.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ FARGATE_STATUS_REASONS = ("CannotPullContainer", "ResourceInitializationError")
 OVERRIDES_TOO_LONG = "Container Overrides length must be at most 8192"
 OVERRIDES_MAX = 8192
 STOP_TIMEOUT = 30.0
-"""Seconds from SIGTERM to SIGKILL unless a container says otherwise."""
+"""Seconds from SIGTERM to SIGKILL, unless the container has another time."""
 TAGS_MAX = 50
 TOO_MANY_TAGS = "The total number of tags from the job and the job definition is over 50."
-"""That the job fails is documented, in which words is not. AWS Batch API Reference, "SubmitJob"."""
+"""AWS documents that the job fails, but not the words. AWS Batch API Reference, "SubmitJob"."""
 
 
 class Attempts:
     """Starts and stops attempts.
 
     Args:
-        platform: The rest of AWS.
+        platform: Queues, roles and secrets of the fake AWS.
         runner: Starts attempts.
-        logs: Where output goes.
-        faults: What goes wrong.
-        timing: How long things take.
+        logs: Gets the attempts' output.
+        faults: The faults that a test has requested.
+        timing: Durations of state changes.
         timers: The engine's clock.
         finished: Called with a job whose attempt has ended: exit code, the container's reason,
             status reason.
@@ -69,7 +69,7 @@ class Attempts:
         self._threads: set[threading.Thread] = set()
 
     def kill(self, jobs: Iterable[Job]) -> list[threading.Thread]:
-        """Kill what runs, and return the threads to wait for."""
+        """Kill all running attempts, and return the threads to wait for."""
         with self._timers.lock:
             for job in jobs:
                 if job.status in ("STARTING", "RUNNING"):
@@ -79,7 +79,7 @@ class Attempts:
             return list(self._threads)
 
     def start(self, job: Job, environment: EnvironmentView) -> None:
-        """Begin an attempt in a place."""
+        """Begin an attempt of a job that has been placed."""
         job.environment_arn = environment.arn
         job.environment_name = environment.name
         job.environment_type = environment.kind
@@ -124,12 +124,12 @@ class Attempts:
         thread.start()
 
     def _attempt(self, job: Job) -> None:
-        """Start one attempt and wait for its end; runs in a thread of its own."""
+        """Start one attempt and wait for its end. This runs in the attempt's thread."""
         try:
             running = self._started(job)
             if running is not None:
                 self._ended(job, running.wait())
-        except Exception as exc:  # a fault of ours must show in the job, not vanish in a thread
+        except Exception as exc:  # an error of the fake itself must show in the job's reason
             with self._timers.lock:
                 self._finish(job, None, None, f"FakeAWS failed: {exc!r}")
             raise
@@ -183,10 +183,10 @@ class Attempts:
         return running
 
     def _fail_start(self, job: Job, error: StartError) -> None:
-        """End an attempt that could not be started, with the words where AWS puts them.
+        """End an attempt that could not be started, with the reason in AWS's field.
 
-        Users report that Fargate gives them as the status reason, with no container's reason
-        (nextflow#5681), and EC2 as the container's reason (nextflow#5099).
+        Users report that it is the status reason on Fargate, without a container's reason
+        (nextflow#5681), and the container's reason on EC2 (nextflow#5099).
         """
         text = str(error)
         with self._timers.lock:
@@ -203,7 +203,7 @@ class Attempts:
         if job.spec.tags_of_task > TAGS_MAX:
             raise StartError(TOO_MANY_TAGS)
         if shared := sorted(job.spec.secrets.keys() & job.spec.environment.keys()):
-            # What Amazon ECS answers to RunTask, as users quote it: overrides may add variables.
+            # Users quote these words of RunTask. Here, too, overrides may add variables.
             raise StartError(
                 "The secret name must be unique and not shared with any new or existing "
                 f"environment variables set on the container, such as '{shared[0]}'."
@@ -248,7 +248,7 @@ class Attempts:
             if job.stop_kind in ("terminate", "timeout"):
                 status_reason = job.stop_reason or ESSENTIAL
             elif job.stop_kind == "instance":
-                # Nobody is left on that machine to report how the container ended.
+                # After the loss of a machine, AWS does not learn how the container ended.
                 code, reason, status_reason = None, None, job.stop_reason or ESSENTIAL
             elif job.stop_kind == "reclaim" and (code != 0 or spec.cluster):
                 status_reason = job.stop_reason or ESSENTIAL

@@ -1,4 +1,4 @@
-"""Where moto keeps the state of its one account."""
+"""Finds moto's back ends, which hold the state of its one account."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ ACCOUNT = "123456789012"
 
 
 def batch_backend(region: str) -> Any:
-    """moto's Batch of a Region."""
+    """Return moto's Batch back end of a region."""
     from moto.batch.models import batch_backends
 
     return batch_backends[ACCOUNT][region]
 
 
 def ecs_backend(region: str) -> Any:
-    """moto's ECS of a Region."""
+    """Return moto's ECS back end of a region."""
     from moto.ecs.models import ecs_backends
 
     return ecs_backends[ACCOUNT][region]
 
 
 def logs_backend(region: str) -> Any:
-    """moto's CloudWatch Logs of a Region."""
+    """Return moto's CloudWatch Logs back end of a region."""
     from moto.logs.models import logs_backends
 
     return logs_backends[ACCOUNT][region]

@@ -30,7 +30,7 @@ class BatchJobs:
 
     Args:
         engine: Runs the jobs.
-        faults: Says how late lists are.
+        faults: Has the delay of lists.
     """
 
     def __init__(self, engine: Engine, faults: Faults) -> None:
@@ -122,7 +122,7 @@ class BatchJobs:
                     if fits(job)
                     and (not by_share or "jobStatus" not in parameters or job.status == status)
                 )
-            # Newest first, as AWS lists them; children by index.
+            # The newest jobs come first, as in AWS; children are sorted by index.
             found = list(chosen)
             if sources[0] == "jobQueue":
                 found.reverse()

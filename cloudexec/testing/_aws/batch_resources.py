@@ -31,7 +31,7 @@ Guide."""
 Handler = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 _NO_CONTAINER = {"image": "none", "vcpus": 1, "memory": 4}
-"""What moto wants of a definition that has its containers elsewhere."""
+"""Container that moto demands of a definition with ``ecsProperties``."""
 
 
 class BatchResources:
@@ -39,7 +39,7 @@ class BatchResources:
 
     Args:
         engine: Runs the jobs, which keep environments and queues from being deleted.
-        faults: Says which environments are broken.
+        faults: Knows which environments are INVALID.
     """
 
     def __init__(self, engine: Engine, faults: Faults) -> None:
@@ -62,7 +62,7 @@ class BatchResources:
     # Compute environments.
 
     def create_environment(self, region: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """CreateComputeEnvironment."""
+        """Answer CreateComputeEnvironment."""
         from moto.batch.models import ComputeEnvironment
 
         check_compute_environment(parameters)
@@ -150,7 +150,7 @@ class BatchResources:
         }
 
     def delete_environment(self, region: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """DeleteComputeEnvironment."""
+        """Answer DeleteComputeEnvironment."""
         backend = batch_backend(region)
         environment = self._required_environment(region, parameters["computeEnvironment"])
         if environment.state != "DISABLED":
@@ -173,7 +173,7 @@ class BatchResources:
     # Queues.
 
     def create_queue(self, region: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """CreateJobQueue."""
+        """Answer CreateJobQueue."""
         from moto.batch.models import JobQueue
 
         backend = batch_backend(region)
@@ -244,7 +244,7 @@ class BatchResources:
         return _page("jobQueues", found, parameters, 100)
 
     def update_queue(self, region: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """UpdateJobQueue."""
+        """Answer UpdateJobQueue."""
         queue = self._required_queue(region, parameters["jobQueue"])
         if "computeEnvironmentOrder" in parameters:
             order = self._order(region, parameters["computeEnvironmentOrder"])
@@ -261,7 +261,7 @@ class BatchResources:
         return {"jobQueueName": queue.name, "jobQueueArn": queue.arn}
 
     def delete_queue(self, region: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """DeleteJobQueue."""
+        """Answer DeleteJobQueue."""
         queue = self._required_queue(region, parameters["jobQueue"])
         if queue.state != "DISABLED":
             raise ClientError("Cannot delete, job queue is not in DISABLED state")

@@ -63,14 +63,14 @@ class Capacity:
             }
 
     def used(self, arn: str) -> float:
-        """Return the vCPUs in use in an environment."""
+        """Return the vCPUs of an environment that are in use."""
         return self._used.get(arn, 0.0)
 
     def refuses(self, arn: str, kind: str, vcpus: float) -> str:
-        """Take capacity for a task that waits in no queue, or say what there is too little of.
+        """Take capacity for a task that waits in no queue, or return what is lacking.
 
         Returns:
-            Empty if it was taken; else ``"quota"``, ``"rate"`` or ``"capacity"``.
+            Empty if the capacity was taken; else ``"quota"``, ``"rate"`` or ``"capacity"``.
         """
         quota = self._faults.quota(_QUOTAS[kind])
         if quota is not None and self._used_of_quota[_QUOTAS[kind]] + vcpus > quota:
@@ -84,7 +84,7 @@ class Capacity:
         return ""
 
     def take(self, arn: str, kind: str, vcpus: float, most: float) -> bool:
-        """Take capacity for one attempt, and say whether there was any.
+        """Take capacity for one attempt, and return whether there was enough.
 
         Args:
             arn: The environment's ARN.
@@ -114,7 +114,7 @@ class Capacity:
         self._used_of_quota[_QUOTAS[kind]] += vcpus
 
     def _has_instances(self, arn: str, kind: str, vcpus: float) -> bool:
-        """Say whether running instances have ``vcpus`` more; if not, start instances."""
+        """Return whether running instances have ``vcpus`` more; if not, start instances."""
         if kind.startswith("FARGATE") or not self._boot:
             return True
         missing = self.used(arn) + vcpus - self._instances.get(arn, 0.0)
@@ -132,7 +132,7 @@ class Capacity:
         self._changed()
 
     def _may_launch(self, kind: str) -> bool:
-        """Say whether Fargate starts one more task now; if not, try again later."""
+        """Return whether Fargate starts one more task now; if not, try again later."""
         bucket = self._launches.get(kind)
         if bucket is None or bucket.take():
             return True

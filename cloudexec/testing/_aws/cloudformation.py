@@ -1,7 +1,7 @@
-"""CloudFormation: stacks that take their time, report each resource, roll back and can get stuck.
+"""Emulates CloudFormation: stacks take time, report each resource, roll back and can get stuck.
 
-moto's own makes and deletes everything within the call, drops what it does not know and leaves
-Batch's resources standing; here resources are moto's (and ours), stacks are this module's.
+moto's own CloudFormation works within the call, ignores unknown resources and never deletes those
+of Batch. So stacks are this module's own, while their resources live in moto's back ends.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ TEMPLATE_MAX = 51_200
 
 
 class CloudFormation:
-    """Carries out CloudFormation calls.
+    """Answers calls to CloudFormation.
 
     Args:
-        work: Changes the stacks.
+        work: Creates, changes and deletes stacks.
     """
 
     def __init__(self, work: StackWork) -> None:
@@ -67,7 +67,7 @@ class CloudFormation:
         return _xml(call, result)
 
     def close(self) -> None:
-        """Wait for what is under way to stop."""
+        """Wait until all operations on stacks have stopped."""
         self._work.close()
 
     # Calls that change stacks.

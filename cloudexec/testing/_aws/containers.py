@@ -24,12 +24,12 @@ _TIMEOUT = 15 * 24 * 3600
 
 
 def engine_answers() -> bool:
-    """Say whether a container engine answers at ``DOCKER_HOST`` or its usual socket."""
+    """Return whether a container engine answers at ``DOCKER_HOST`` or its usual socket."""
     try:
         import docker
     except ImportError:
         return False
-    # Checked with a socket first, because docker-py leaks its socket if no engine listens.
+    # A plain socket is tried first, because docker-py leaks its socket if no engine listens.
     kind, _, path = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").partition("://")
     if kind == "unix" and not _listens(path):
         return False
@@ -193,7 +193,7 @@ class _RunningContainer:
             self._starved |= bool(self._container.attrs["State"].get("OOMKilled"))
         with contextlib.suppress(Exception):
             remove_container(self._container)
-        # Podman on version 1 of cgroups does not report it: a SIGKILL that this class has not sent
+        # Podman does not report it on version 1 of cgroups: a SIGKILL that this class has not sent
         # came from the kernel.
         starved = self._starved or (code == 137 and not self._killed)
         return Exit(code=code, out_of_memory=starved and code == 137)

@@ -1,4 +1,4 @@
-"""Uses up faults that happen a number of times."""
+"""Counts down faults that happen a limited number of times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def take(entries: list[list[object]], fits: Callable[[Any], bool]) -> Any:
     """Use up one count of an entry that fits, and drop the entry when its count is used up.
 
     Returns:
-        What the entry is for; ``None`` if no entry fits.
+        The entry's first part; ``None`` if no entry fits.
     """
     for entry in entries:
         if fits(entry[0]):

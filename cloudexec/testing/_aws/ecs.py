@@ -1,6 +1,6 @@
-"""Answers the calls of Amazon ECS: tasks on Fargate that run, and their definitions.
+"""Answers calls to Amazon ECS about tasks on Fargate and their definitions.
 
-Tasks are run by the engine that runs jobs of AWS Batch, each as a job without a queue. moto keeps
+The engine of AWS Batch's jobs runs the tasks, too, each as a job without a queue. moto keeps
 clusters and task definitions.
 """
 
@@ -26,8 +26,8 @@ from cloudexec.testing._aws.wire import Call
 __all__ = ["Ecs"]
 
 _RUN_TASK_PER_SECOND = 20.0
-"""Calls of RunTask per second, and at once after a pause. "AWS Fargate throttling quotas", Amazon
-ECS Developer Guide."""
+"""Calls of RunTask that are accepted per second, and at once after a pause. "AWS Fargate throttling
+quotas", Amazon ECS Developer Guide."""
 _DESCRIBED = 100
 NO_CAPACITY = (
     "Capacity is unavailable at this time. Please try again later or in a different availability "
@@ -36,7 +36,7 @@ NO_CAPACITY = (
 """AWS re:Post, "How do I troubleshoot an Amazon ECS RunTask API for a Fargate task that fails with
 a "Capacity is unavailable" error?"."""
 NO_QUOTA = "You've reached the limit on the number of vCPUs you can run concurrently"
-"""As users quote it. Whether RunTask says so in its failures or as an error is not documented."""
+"""Words that users quote. AWS does not document whether RunTask has them as failure or error."""
 
 Handler = Callable[[str, Mapping[str, Any]], Mapping[str, Any] | None]
 
@@ -46,8 +46,8 @@ class Ecs:
 
     Args:
         engine: Runs the tasks.
-        faults: Says what is broken or full.
-        tasks: Answers about the tasks of jobs of AWS Batch, and knows addresses.
+        faults: The faults that a test has requested.
+        tasks: Describes the tasks of AWS Batch's jobs, and knows tasks' addresses.
     """
 
     def __init__(self, engine: Engine, faults: Faults, tasks: Tasks) -> None:
@@ -139,9 +139,10 @@ class Ecs:
     def _again(
         self, known: tuple[str, list[Job]], wanted: str, given: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Answer a call whose token is known.
+        """Answer a call whose client token was used before.
 
-        That another request is a conflict is documented; of the same request, both is emulated.
+        AWS documents that another request with the token is a conflict. For the same request, AWS
+        does not document the answer, so a test can choose it.
         """
         before, jobs = known
         if before == wanted and not self._faults.ecs.tokens_conflict:
@@ -256,7 +257,7 @@ class Ecs:
         return {"task": self._detail(job, given)}
 
     def metadata(self, task_id: str) -> Mapping[str, Any] | None:
-        """Return what the metadata endpoint says of a task; ``None``: it is not known."""
+        """Return the metadata endpoint's answer about a task; ``None``: the task is not known."""
         with self._engine.lock:
             job = self._engine.jobs.get(task_id)
             if job is None or job.status not in ("STARTING", "RUNNING"):
@@ -290,7 +291,7 @@ class Ecs:
             return found
 
     def _detail(self, job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a task as DescribeTasks shows it."""
+        """Describe a task as DescribeTasks does."""
         spec = job.spec
         container: dict[str, Any] = {
             "name": spec.container_name,
@@ -338,8 +339,8 @@ class Ecs:
         if job.stop_kind == "terminate":
             return "UserInitiated"
         if job.stop_kind == "reclaim":
-            # The guide's sample event has the one, users see the other. Amazon ECS Developer
-            # Guide, "Amazon ECS clusters for Fargate".
+            # The guide's sample event and users' reports differ. Amazon ECS Developer Guide,
+            # "Amazon ECS clusters for Fargate".
             return self._faults.ecs.spot_stop_code
         if job.stop_kind == "instance":
             return "InfrastructureHealth"
@@ -375,7 +376,7 @@ def _task_arn(cluster: Any, task_id: str) -> str:
 
 
 def _definition(region: str, name: str, *, running: bool = False) -> Mapping[str, Any]:
-    """Return a task definition; without a revision, the latest that is ACTIVE."""
+    """Return a task definition; without a revision, the latest ACTIVE one."""
     family, _, revision = name.rpartition("/")[2].partition(":")
     revisions = ecs_backend(region).task_definitions.get(family, {})
     if revision:
@@ -449,7 +450,7 @@ def _spec(
         log_group=options.get("awslogs-group", DEFAULT_GROUP),
         log_prefix=options.get("awslogs-stream-prefix", ""),
         log_create=options.get("awslogs-create-group") == "true",
-        overrides_length=0,  # looked at before
+        overrides_length=0,  # RunTask has checked it
         tags_of_task=len(tags),
         container={"networkConfiguration": {"assignPublicIp": network.get("assignPublicIp")}},
         tags=tags,
@@ -457,7 +458,7 @@ def _spec(
             "startedBy": started_by,
             "group": given.get("group") or f"family:{definition['family']}",
             "overrides": overrides,
-            # The provider of a task that was asked for by its launch type is not documented.
+            # AWS does not document the provider of a task that was started with a launch type.
             "capacityProviderName": provider if given.get("capacityProviderStrategy") else None,
             "retryStrategy": {},
         },

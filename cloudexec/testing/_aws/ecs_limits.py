@@ -18,7 +18,7 @@ __all__ = ["check_run_task", "check_task_definition", "size_of_task"]
 OVERRIDES_MAX = 8192
 COUNT_MAX = 10
 VCPUS_MAX = 16.0
-"""The largest size that the Amazon ECS API Reference names, while that of AWS Batch names 32."""
+"""The largest size in the Amazon ECS API Reference; that of AWS Batch names 32."""
 
 _TOKEN = re.compile(r"[!-~]{1,64}")
 _STARTED_BY = re.compile(r"[A-Za-z0-9/_-]{1,128}")
@@ -88,7 +88,7 @@ def _check_names(
 
 
 def size_of_task(definition: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[float, int]:
-    """Return vCPUs and MiB of a task, where Fargate has such a size."""
+    """Return the vCPUs and MiB of a task, and refuse a size that Fargate does not have."""
     cpu = overrides.get("cpu") or definition.get("cpu")
     memory = overrides.get("memory") or definition.get("memory")
     try:
@@ -111,7 +111,7 @@ def check_run_task(
     Args:
         given: The call's parameters.
         definition: The task definition.
-        providers: Those that the cluster has.
+        providers: The cluster's capacity providers.
     """
     if not 1 <= given.get("count", 1) <= COUNT_MAX:
         raise _invalid(f"Count must be between 1 and {COUNT_MAX}.")

@@ -1,7 +1,7 @@
-"""The engine behind Batch: places jobs, runs them, and walks them through their states.
+"""The engine behind Batch: places jobs, runs them, and moves them from state to state.
 
-One lock guards every job. One thread carries out what is due later; each attempt that runs has a
-thread that starts it and waits for its end. Starting and waiting happen outside the lock.
+One lock guards every job. One thread carries out delayed actions. Each running attempt has a thread
+that starts it and waits for its end, outside the lock.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Engine:
     """Runs Batch jobs.
 
     Args:
-        platform: The rest of AWS.
+        platform: Queues, roles and secrets of the fake AWS.
         runner: Starts attempts.
-        logs: Where output goes.
-        faults: What goes wrong.
-        timing: How long things take.
-        max_running: Attempts that run at a time at most, whatever AWS's capacity is.
+        logs: Gets the attempts' output.
+        faults: The faults that a test has requested.
+        timing: Durations of state changes.
+        max_running: Most attempts that run at a time, whatever AWS's capacity is.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Engine:
         self._timers = Timers()
         self.lock = self._timers.lock
         self.jobs: dict[str, Job] = {}
-        """Every job by id, children included, in the order of submission."""
+        """All jobs by id, children included, in the order of submission."""
         self._attempts = Attempts(
             platform=platform,
             runner=runner,
@@ -72,7 +72,7 @@ class Engine:
         )
         self._dependents: dict[str, list[Job]] = {}
 
-    # From the API.
+    # Methods for the API.
 
     def submit(
         self,
@@ -80,10 +80,10 @@ class Engine:
         size: int | None,
         depends_on: list[dict[str, str]],
     ) -> Job:
-        """Take a job in.
+        """Accept a job.
 
         Args:
-            spec: What to run.
+            spec: The job's parameters.
             size: Number of children, ``None`` for a plain job.
             depends_on: As in SubmitJob.
         """
@@ -111,21 +111,21 @@ class Engine:
             return job
 
     def refuses_task(self, spec: JobSpec, kind: str) -> str:
-        """Take a place for a task of Amazon ECS, or say what there is too little of.
+        """Take capacity for a task of Amazon ECS, or return what is lacking.
 
         Args:
-            spec: What to run.
+            spec: The task's parameters.
             kind: The capacity provider.
         """
         with self.lock:
             return self._queues.refuses_task(spec.queue_arn, kind, spec.vcpus)
 
     def run_task(self, spec: JobSpec, failure: str = "") -> Job:
-        """Start a task of Amazon ECS in the place that was taken for it.
+        """Start a task of Amazon ECS, whose capacity was taken before.
 
         Args:
-            spec: What to run.
-            failure: Why it stops before it runs; then it needs no place.
+            spec: The task's parameters.
+            failure: Why it stops before it runs; such a task needs no capacity.
         """
         task_id = uuid.uuid4().hex
         job = Job(spec=spec, job_id=task_id, created_at=time.time(), task_id=task_id)
@@ -162,7 +162,7 @@ class Engine:
                 self._end(job, "FAILED", reason)
 
     def cancel(self, job: Job, reason: str) -> None:
-        """Stop a job and its children as far as they have not been placed."""
+        """Stop a job and those of its children that have not been placed."""
         with self.lock:
             if job.ended:
                 return
@@ -177,14 +177,14 @@ class Engine:
                 self._end(job, "FAILED", reason)
 
     def delete_queue(self, arn: str) -> None:
-        """Terminate what is left of a queue that is being deleted."""
+        """Terminate the remaining jobs of a queue that is being deleted."""
         with self.lock:
             for job in self.active(arn):
                 if job.parent is None:
                     self.terminate(job, "Job queue was deleted")
 
     def active(self, queue_arn: str) -> list[Job]:
-        """Jobs of a queue that have not ended, children included."""
+        """Return the jobs of a queue that have not ended, children included."""
         with self.lock:
             return [
                 job
@@ -193,25 +193,25 @@ class Engine:
             ]
 
     def in_environment(self, arn: str) -> int:
-        """How many attempts an environment has placed now."""
+        """Return the number of attempts that are placed in an environment."""
         with self.lock:
             return sum(job.environment_arn == arn for job in self.jobs.values())
 
     def front(self, queue_arn: str) -> list[Job]:
-        """Jobs of a queue that wait to be placed, the next one first."""
+        """Return the jobs of a queue that wait to be placed, the next one first."""
         with self.lock:
             return self._queues.front(queue_arn)
 
     def used(self, environment_arn: str) -> float:
-        """vCPUs in use in an environment."""
+        """Return the vCPUs of an environment that are in use."""
         with self.lock:
             return self._queues.used(environment_arn)
 
     def poke(self) -> None:
-        """Look again whether waiting jobs can be placed: something about capacity has changed."""
+        """Try again to place waiting jobs, because capacity may have changed."""
         self._queues.poke()
 
-    # From faults.
+    # Methods for faults.
 
     def reclaim(self, job_id: str, *, notice: float, grace: float | None) -> None:
         """Take a job's machine back; see ``Faults.reclaim``."""
@@ -226,7 +226,7 @@ class Engine:
                 if len(job.attempts) != attempt:
                     return
                 if job.status == "STARTING":
-                    # Its process is being made: there is nothing to tell yet.
+                    # The process does not exist yet, so it gets the signal a little later.
                     self._timers.later(0.02, stop)
                 elif job.status == "RUNNING":
                     self._attempts.stop(job, "reclaim", reason, grace)
@@ -251,7 +251,7 @@ class Engine:
             return [job.job_id for job in chosen]
 
     def forget_ended(self) -> list[str]:
-        """Know jobs that have ended no longer; see ``Faults.forget_ended``."""
+        """Forget jobs that have ended; see ``Faults.forget_ended``."""
         with self.lock:
             awaited = {other for job in self.jobs.values() for other in job.waits}
             ended = [
@@ -267,7 +267,7 @@ class Engine:
             return [job.job_id for job in ended]
 
     def out_of_memory(self, job_id: str) -> None:
-        """Kill a job's container for its memory."""
+        """Kill a job's container as if it had used up its memory."""
         with self.lock:
             job = self._placed_job(job_id)
             if job.running is None:
@@ -275,14 +275,14 @@ class Engine:
             job.running.out_of_memory()
 
     def kill_instance(self, job_id: str) -> None:
-        """Let the machine under a job vanish."""
+        """End a job as if its machine had vanished."""
         with self.lock:
             job = self._placed_job(job_id)
             name = job.instance_id or f"i-{uuid.uuid4().hex[:17]}"
             self._attempts.stop(job, "instance", f"Host EC2 (instance {name}) terminated.", 0.0)
 
     def close(self) -> None:
-        """Kill what runs and end every thread."""
+        """Kill all running attempts, and end all threads."""
         with self.lock:
             self._timers.stop()
             self._queues.clear()
@@ -291,7 +291,7 @@ class Engine:
             thread.join()
         self._timers.join()
 
-    # Before a job runs.
+    # States before a job runs.
 
     def _note_dependencies(self, job: Job) -> None:
         for entry in job.depends_on:
@@ -313,7 +313,7 @@ class Engine:
             self._dependents.setdefault(other.job_id, []).append(job)
 
     def _admit(self, job: Job) -> None:
-        """From SUBMITTED on."""
+        """Move a job on from SUBMITTED."""
         if job.ended:
             return
         if job.is_parent:
@@ -331,10 +331,10 @@ class Engine:
                 ready.append(leaf)
         self._queues.append(ready)
 
-    # When an attempt has ended.
+    # Ends of attempts.
 
     def _finish(self, job: Job, code: int | None, reason: str | None, status_reason: str) -> None:
-        """One attempt has ended: free its place, then retry or end the job."""
+        """Free the capacity of an attempt that has ended, then retry or end its job."""
         if job.status not in ("STARTING", "RUNNING"):
             return
         now = time.time()
@@ -373,7 +373,7 @@ class Engine:
                 return rule.action == "RETRY"
         return True
 
-    # The end.
+    # Ends of jobs.
 
     def _fail(self, job: Job, reason: str) -> None:
         if not job.ended:

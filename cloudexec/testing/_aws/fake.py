@@ -82,8 +82,8 @@ class FakeAWS:
         max_running: Largest number of attempts that run at a time, whatever the capacity of the
             compute environments, because this machine must run them.
         aws_in_jobs: Whether jobs of AWS Batch get the address of this AWS, too, and the credentials
-            of their role, for tasks that call AWS themselves. What the role's inline policies do
-            not allow is refused; a role without any may do everything.
+            of their role, for tasks that call AWS themselves. A call that the role's inline
+            policies do not allow is refused; a role without such policies may do everything.
         job_environment: Variables that every job gets in addition to those that AWS sets.
         stack_seconds: Seconds that CloudFormation takes to create or delete a stack.
         registry: A registry on this machine, ``host:port`` over plain HTTP, that stands for ECR.
@@ -165,12 +165,12 @@ class FakeAWS:
         self._directory: Path | None = None
 
     def __enter__(self) -> FakeAWS:
-        """Start it and point this process's AWS clients at it.
+        """Start the emulation, and make this process's AWS clients use it.
 
         Raises:
             ConfigError: If containers are wanted and no engine answers, or there is no such region.
             ImportError: If ``cloudexec[testing]`` is not installed.
-            RuntimeError: If another one is entered.
+            RuntimeError: If another FakeAWS is entered.
         """
         if not FakeAWS._entered.acquire(blocking=False):
             raise RuntimeError("a FakeAWS is entered already: moto's state belongs to the process")
@@ -179,7 +179,7 @@ class FakeAWS:
                 from cloudexec.testing._aws.session import Session, check_region
             except ImportError as exc:
                 raise ImportError(
-                    f"FakeAWS needs what `pip install 'cloudexec[testing]'` brings ({exc})"
+                    f"FakeAWS needs the packages of `pip install 'cloudexec[testing]'` ({exc})"
                 ) from exc
             check_region(self.region)
             # Without this, moto loads thousands of images in 0.2 seconds for each region.
@@ -200,7 +200,7 @@ class FakeAWS:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop it, and restore ``os.environ``."""
+        """Stop the emulation, and restore ``os.environ``."""
         self._leave()
 
     @property
@@ -284,7 +284,7 @@ class FakeAWS:
         for name in self.environment:
             self._saved[name] = os.environ.get(name)
         os.environ.pop("AWS_PROFILE", None)
-        # The user's own profiles must not decide what a test does.
+        # A user's own AWS profiles must not change the result of a test.
         os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
         os.environ.update(self.environment)
 

@@ -79,17 +79,17 @@ class Faults:
         self.token = "fake-session-token-0"
         self._ended = threading.Event()
         self.ecs = EcsFaults()
-        """Faults of tasks that Amazon ECS is asked for directly."""
+        """Faults of tasks that Amazon ECS runs without AWS Batch."""
         self.ec2 = Ec2Faults()
-        """Faults of EC2 instances that are asked for directly."""
+        """Faults of EC2 instances that are started without AWS Batch."""
         self._reset()
 
     def _reset(self) -> None:
-        # Wakes calls that wait because of a fault that has ended.
+        # Ends the waits of calls that an earlier fault has delayed.
         self._ended.set()
         self._ended = threading.Event()
         self._no_capacity: dict[str, bool] = {}
-        """Places without capacity, and whether jobs there say nothing of it."""
+        """Queues and environments without capacity, and whether jobs there have no reason."""
         self._no_instance: set[str] = set()
         self._broken_roles: set[str] = set()
         self._slow_start = 0.0
@@ -111,14 +111,14 @@ class Faults:
     # Jobs that do not start.
 
     def no_capacity(self, target: str | None = None, *, silent: bool = False) -> None:
-        """Let nothing be placed: jobs stay RUNNABLE and say so.
+        """Let no job be placed: jobs stay RUNNABLE with a reason.
 
         Args:
             target: Name or ARN of a queue or compute environment, or a type of compute
                 environment (``"FARGATE"``, ``"FARGATE_SPOT"``, ``"EC2"``, ``"SPOT"``); ``None``:
                 everywhere.
-            silent: Whether jobs say nothing. That AWS Batch names the reason is documented, for
-                scarce Spot capacity on Fargate it is not.
+            silent: Whether jobs have no reason. AWS documents that AWS Batch gives a reason, but
+                not for scarce Spot capacity on Fargate.
         """
         with self._lock:
             self._no_capacity[target or "*"] = silent
@@ -157,14 +157,14 @@ class Faults:
 
         Args:
             image: Shell pattern of image names.
-            count: How many pulls fail; ``None``: all.
+            count: Number of pulls that fail; ``None``: all.
             why: What the registry says, such as ``"429 Too Many Requests"``.
         """
         with self._lock:
             self._pulls.append([(image, why), count])
 
     def no_route(self, count: int | None = None) -> None:
-        """Let tasks find no way to the registry, as in a subnet without NAT or public address."""
+        """Let tasks fail to reach the registry, as in a subnet without NAT or public address."""
         self.start_fails(
             "ResourceInitializationError: unable to pull secrets or registry auth: The task cannot "
             "pull registry auth from Amazon ECR: There is a connection issue between the task and "
@@ -175,7 +175,7 @@ class Faults:
         )
 
     def missing_execution_role(self, count: int | None = None) -> None:
-        """Let the execution role be one that ECS cannot assume."""
+        """Let ECS fail to assume the execution role."""
         self.start_fails(
             "ECS was unable to assume the role 'arn:aws:iam::123456789012:role/execution' that was "
             "provided for this task. Please verify that the role being passed has the proper trust "
@@ -188,8 +188,8 @@ class Faults:
         """Let tasks fail before they run.
 
         Args:
-            reason: What Amazon ECS says, such as ``"ResourceInitializationError: ..."``.
-            count: How many starts fail; ``None``: all.
+            reason: Amazon ECS's reason, such as ``"ResourceInitializationError: ..."``.
+            count: Number of starts that fail; ``None``: all.
         """
         with self._lock:
             self._start_errors.append([reason, count])
@@ -265,7 +265,7 @@ class Faults:
         return self._required_jobs().reclaim_fraction(fraction, notice=notice, grace=grace)
 
     def out_of_memory(self, job_id: str) -> None:
-        """Kill all of a running job as the kernel does where memory runs out."""
+        """Kill all processes of a running job, as the kernel does when memory runs out."""
         self._required_jobs().out_of_memory(job_id)
 
     def kill_instance(self, job_id: str) -> None:
@@ -298,7 +298,7 @@ class Faults:
             self._throttles.append([operation or "batch", count])
 
     def lose_response(self, operation: str, count: int = 1) -> None:
-        """Carry the next calls out, and close their connections without an answer.
+        """Carry out the next calls, but close their connections without an answer.
 
         Raises:
             ValueError: If AWS has no such operation.
@@ -312,7 +312,7 @@ class Faults:
 
         Args:
             operation: Such as ``"GetObject"``.
-            count: How many answers.
+            count: Number of answers.
 
         Raises:
             ValueError: If AWS has no such operation.
@@ -326,7 +326,7 @@ class Faults:
 
         Args:
             operation: Such as ``"GetObject"``.
-            count: How many answers.
+            count: Number of answers.
 
         Raises:
             ValueError: If AWS has no such operation.
@@ -435,30 +435,30 @@ class Faults:
             self._expired.clear()
         self._poke()
 
-    # Questions of the other modules.
+    # Methods for the other modules.
 
     def attach(self, jobs: Jobs) -> None:
-        """Say which jobs the faults are about."""
+        """Set the jobs that the faults are about."""
         self._jobs = jobs
 
     def has_capacity(self, *names: str) -> bool:
-        """Say whether a queue or environment with one of these names has capacity for jobs."""
+        """Return whether a queue or environment with one of these names has capacity for jobs."""
         with self._lock:
             return self._no_capacity.keys().isdisjoint((*names, "*"))
 
     def says_no_capacity(self, *names: str) -> bool:
-        """Whether jobs say that a place known by any of these names has no capacity."""
+        """Return whether jobs in such a queue or environment say that it has no capacity."""
         with self._lock:
             found = [self._no_capacity[name] for name in (*names, "*") if name in self._no_capacity]
             return not all(found)
 
     def has_instances(self, *names: str) -> bool:
-        """Say whether a queue or environment with one of these names has instances that fit."""
+        """Return whether a queue or environment with one of these names has instances that fit."""
         with self._lock:
             return not self._no_instance.intersection((*names, "*"))
 
     def role_is_broken(self, *names: str) -> bool:
-        """Say whether the environment with these names is INVALID."""
+        """Return whether the environment with these names is INVALID."""
         with self._lock:
             return bool(self._broken_roles.intersection((*names, "*")))
 
@@ -488,12 +488,12 @@ class Faults:
             return cast("str | None", take(self._start_errors, lambda _: True))
 
     def throttled(self, service: str, operation: str) -> bool:
-        """Say whether this call is refused as one too many, and count it."""
+        """Return whether this call is refused as one too many, and count it."""
         with self._lock:
             return bool(take(self._throttles, lambda wanted: wanted in (service, operation)))
 
     def spoils(self, operation: str, how: Literal["lost", "cut", "changed"]) -> bool:
-        """Say whether this call's answer is spoilt in a certain way, and count it."""
+        """Return whether this call's answer is spoilt in the given way, and count it."""
         with self._lock:
             return bool(take(self._spoilt, lambda wanted: wanted == (how, operation)))
 
@@ -506,13 +506,13 @@ class Faults:
             ended.wait(float(found[1]))
 
     def denies(self, service: str, operation: str) -> bool:
-        """Say whether this call is not permitted, and count it."""
+        """Return whether this call is not permitted, and count it."""
         with self._lock:
             names = (operation, f"{service}:{operation}")
             return bool(take(self._denied, lambda wanted: wanted in names))
 
     def is_unreachable(self) -> bool:
-        """Say whether connections are closed at once."""
+        """Return whether connections are closed at once."""
         with self._lock:
             return time.monotonic() < self._unreachable_until
 
@@ -528,12 +528,12 @@ class Faults:
             return time.time() - self._list_lag if self._list_lag else math.inf
 
     def keeps_ghosts(self) -> bool:
-        """Say whether the tagging service lists deleted resources."""
+        """Return whether the tagging service lists deleted resources."""
         with self._lock:
             return self._ghosts
 
     def has_expired(self, token: str) -> bool:
-        """Say whether a session token has expired."""
+        """Return whether a session token has expired."""
         with self._lock:
             return token in self._expired
 

@@ -71,8 +71,8 @@ class Gateway:
         metadata: Answers ``/v4/<task id>...``.
         machine: Answers ``/machine/<instance id>/...``: method, path, headers and body.
         secret: Returns the secret of an access key if it is known, to check signed URLs.
-        role: Returns what the role may do whose key is in an authorization header; ``None`` if it
-            is no role's.
+        role: Returns the permissions of the role whose key is in an authorization header;
+            ``None`` if the key is not a role's.
     """
 
     def __init__(
@@ -223,8 +223,8 @@ class Gateway:
         token = headers.get("x-amz-security-token", "") or query_token(query)
         if call.region not in known_regions():
             text = (
-                f"FakeAWS: there is no AWS region {call.region!r}; in the real AWS, no host would "
-                f"be found for it"
+                f"FakeAWS: there is no AWS region {call.region!r}; in the real AWS, its host would "
+                f"not be found"
             )
             return error_response(call, "UnknownRegion", text, 400)
         if self._faults.has_expired(token):
@@ -264,7 +264,7 @@ class Gateway:
                 return self._from_moto(call, environ)
         except ClientError as exc:
             return error_response(call, exc.code, str(exc), exc.status, exc.members)
-        except Exception as exc:  # also after a bug, answer the client and record the request
+        except Exception as exc:  # even after a bug, answer the client and record the request
             traceback.print_exc()
             return error_response(call, "InternalFailure", f"FakeAWS failed: {exc!r}", 500)
         if isinstance(payload, Response):

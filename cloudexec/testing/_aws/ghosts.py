@@ -56,7 +56,7 @@ class Ghosts:
         _, found = backend.get_resources(resources_per_page=100_000, tags_per_page=1_000_000)
         seen = self._seen.setdefault(region, {})
         for each in found:
-            # A mapping in older versions of moto.
+            # In older versions of moto, it is a mapping.
             arn = each["ResourceARN"] if isinstance(each, Mapping) else each.arn
             tags = each["Tags"] if isinstance(each, Mapping) else each.tags
             seen[arn] = _as_mapping(tags)

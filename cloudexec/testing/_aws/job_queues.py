@@ -1,6 +1,6 @@
-"""Jobs that wait to be placed, and where they go.
+"""Places waiting jobs, queue by queue, in compute environments.
 
-The engine's lock is held wherever this is used, except in ``poke()``.
+Callers hold the engine's lock, except in ``poke()``.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ ROLE_BROKEN = (
 
 
 class JobQueues:
-    """Places jobs, queue by queue, the next one first.
+    """Places jobs, in each queue the next one first.
 
     Args:
         platform: Knows queues and their environments.
-        faults: What is broken or full.
-        timing: How long things take.
+        faults: The faults that a test has requested.
+        timing: Durations of state changes.
         timers: The engine's clock.
-        start: Called with a job and the environment that has taken it.
-        end: Called with a job that a queue's time limit cancels, and why.
-        max_running: Attempts that run at a time at most, whatever AWS's capacity is.
+        start: Called with a job and the environment in which it was placed.
+        end: Called with a job that a queue's time limit cancels, and the reason.
+        max_running: Most attempts that run at a time, whatever AWS's capacity is.
     """
 
     def __init__(
@@ -76,28 +76,28 @@ class JobQueues:
         )
 
     def front(self, queue_arn: str) -> list[Job]:
-        """Jobs of a queue that wait to be placed, the next one first."""
+        """Return the jobs of a queue that wait to be placed, the next one first."""
         return list(self._queues.get(queue_arn, ()))
 
     def used(self, environment_arn: str) -> float:
-        """vCPUs in use in an environment."""
+        """Return the vCPUs of an environment that are in use."""
         return self._capacity.used(environment_arn)
 
     def refuses_task(self, cluster: str, kind: str, vcpus: float) -> str:
-        """Take a place for a task that waits in no queue; see ``Capacity.refuses``."""
+        """Take capacity for a task that waits in no queue; see ``Capacity.refuses``."""
         return self._capacity.refuses(cluster, kind, vcpus)
 
     def clear(self) -> None:
-        """Let nobody wait any longer."""
+        """Remove all jobs from all queues."""
         for queue in self._queues.values():
             queue.clear()
 
     def poke(self) -> None:
-        """Look again whether waiting jobs can be placed: something about capacity has changed."""
+        """Try again to place waiting jobs, because capacity may have changed."""
         self._timers.later(0.0, self._schedule)
 
     def append(self, jobs: Iterable[Job], *, front: bool = False) -> None:
-        """Put jobs into their queues: behind all others, or where they are next."""
+        """Put jobs into their queues, behind all others or at the front."""
         now = time.time()
         for job in jobs:
             job.enter("RUNNABLE")
@@ -111,7 +111,7 @@ class JobQueues:
         self._timers.later(self._timing.step, self._schedule)
 
     def leave(self, job: Job) -> None:
-        """Take a job out of its queue, if it waits in one."""
+        """Remove a job from its queue, if it waits in one."""
         queue = self._queues.get(job.spec.queue_arn)
         if job.status == "RUNNABLE" and queue is not None:
             if queue and queue[0] is job:
@@ -121,7 +121,7 @@ class JobQueues:
                 queue.remove(job)
 
     def free(self, job: Job) -> None:
-        """Give back the place of an attempt that has ended."""
+        """Give back the capacity of an attempt that has ended."""
         assert job.environment_arn is not None
         assert job.environment_type is not None
         self._capacity.give_back(job.environment_arn, job.environment_type, job.spec.vcpus)
@@ -148,7 +148,7 @@ class JobQueues:
                 self._start(job, environment)
 
     def _place(self, view: QueueView, job: Job) -> tuple[EnvironmentView | None, str | None]:
-        """Take a place where a job can go now; else say why it cannot, where AWS does."""
+        """Take capacity for a job if there is some; else return the reason, if AWS gives one."""
         vcpus = job.spec.vcpus
         reasons: set[str | None] = set()
         for environment in view.environments:
@@ -169,7 +169,7 @@ class JobQueues:
                 return environment, None
             else:
                 reasons.add(None)
-        # AWS names a reason where it holds of every environment of the queue.
+        # AWS gives a reason if it is the same for every environment of the queue.
         return None, reasons.pop() if len(reasons) == 1 else None
 
     def _at_head(self, view: QueueView, job: Job, reason: str | None) -> None:
@@ -195,5 +195,5 @@ class JobQueues:
 
 
 def _names(queue: QueueView, environment: EnvironmentView) -> tuple[str, ...]:
-    """Names by which a fault may mean a place."""
+    """Return the names by which a fault may name a queue's environment."""
     return (queue.arn, queue.name, environment.arn, environment.name, environment.kind)

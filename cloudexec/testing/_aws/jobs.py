@@ -1,4 +1,4 @@
-"""A Batch job as the engine keeps it: its specification, its state and its attempts."""
+"""The jobs of the engine: their parameters, their state and their attempts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RetryRule:
     on_exit_code: str | None
 
     def fits(self, attempt: Attempt) -> bool:
-        """Say whether all conditions of the rule hold for an attempt."""
+        """Return whether all conditions of the rule hold for an attempt."""
         code = "" if attempt.exit_code is None else str(attempt.exit_code)
         return (
             matches(self.on_status_reason, attempt.status_reason or "")
@@ -38,7 +38,7 @@ class RetryRule:
 
 
 def matches(pattern: str | None, text: str) -> bool:
-    """Say whether a pattern of a retry rule fits a text; a ``*`` at its end fits any ending."""
+    """Return whether a retry rule's pattern fits a text; a ``*`` at its end fits any ending."""
     if pattern is None:
         return True
     return text.startswith(pattern[:-1]) if pattern.endswith("*") else text == pattern
@@ -83,12 +83,12 @@ class JobSpec:
     """Members of the job detail that are shown as they were given."""
     fargate: bool
     cluster: str = ""
-    """Of a task that Amazon ECS was asked for, and not AWS Batch: its cluster's name."""
+    """Name of the cluster, for a task of Amazon ECS; empty for jobs of AWS Batch."""
     provider: str = ""
-    """Of such a task: its capacity provider."""
+    """Capacity provider of such a task."""
     container_name: str = "default"
     stop_timeout: float = 30.0
-    """Seconds from SIGTERM to SIGKILL, on AWS."""
+    """Seconds of AWS from SIGTERM to SIGKILL."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,9 +139,9 @@ class Job:
     running: Running | None = None
     launching: bool = False
     stop_reason: str | None = None
-    """Why it is being stopped; ``None`` if it is not."""
+    """Why the attempt is being stopped; ``None`` if it is not."""
     stop_kind: str | None = None
-    """What stops it: ``terminate``, ``timeout``, ``reclaim`` or ``instance``."""
+    """Cause of the stop: ``terminate``, ``timeout``, ``reclaim`` or ``instance``."""
     stop_grace: float | None = None
     cancelled: bool = False
     terminated: bool = False
@@ -154,12 +154,12 @@ class Job:
 
     @property
     def is_parent(self) -> bool:
-        """Whether this is an array job's parent."""
+        """Whether this is the parent of an array."""
         return bool(self.children)
 
     @property
     def ended(self) -> bool:
-        """Whether it is SUCCEEDED or FAILED."""
+        """Whether the job is SUCCEEDED or FAILED."""
         return self.status in ENDED
 
     @property
@@ -173,7 +173,7 @@ class Job:
 
     @property
     def instance_arn(self) -> str | None:
-        """ARN of the container instance, where the attempt runs on EC2."""
+        """ARN of the container instance, if the attempt runs on EC2."""
         if self.instance_id is None:
             return None
         account = self.spec.queue_arn.split(":")[4]
@@ -185,7 +185,7 @@ class Job:
         return self.environment_type in ("SPOT", "FARGATE_SPOT")
 
     def enter(self, status: str) -> None:
-        """Be in another state, and be counted in it by the parent."""
+        """Change the job's state, and the parent's count of children in each state."""
         if self.parent is not None:
             self.parent.counts[self.status] -= 1
             self.parent.counts[status] += 1
@@ -231,7 +231,7 @@ class Job:
         )
 
     def detail(self) -> dict[str, Any]:
-        """Return the job as DescribeJobs shows it."""
+        """Describe the job as DescribeJobs does."""
         spec = self.spec
         container = dict(spec.container)
         shown = {
@@ -266,7 +266,7 @@ class Job:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Return the job as ListJobs shows it."""
+        """Describe the job as ListJobs does."""
         found: dict[str, Any] = {
             "jobArn": self.arn,
             "jobId": self.job_id,

@@ -21,7 +21,7 @@ from cloudexec.testing._aws.wire import Call, scalar
 __all__ = ["problems"]
 
 _UNICODE_CLASSES = {r"\p{L}\p{Z}\p{N}_": r"\w\s", r"\w-_": r"\w\-_"}
-"""Classes of characters in Java's regular expressions, and what Python has instead."""
+"""Classes of characters in Java's regular expressions, and their equivalents in Python."""
 
 _NUMBERS = ("integer", "long", "float", "double")
 

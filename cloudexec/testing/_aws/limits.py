@@ -73,7 +73,7 @@ _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
 _SECRET = re.compile(
     r"arn:aws[a-z-]*:(secretsmanager:[a-z0-9-]+:\d{12}:secret|ssm:[a-z0-9-]+:\d{12}:parameter).+"
 )
-"""AWS Batch API Reference, "Secret": a whole ARN, unless it is the name of a parameter."""
+"""AWS Batch API Reference, "Secret": a full ARN, or the name of a parameter."""
 
 
 class ClientError(Exception):
@@ -94,7 +94,7 @@ class ClientError(Exception):
 
 
 def is_fargate_size(vcpus: float, memory_mib: int) -> bool:
-    """Say whether Fargate has tasks of that size."""
+    """Return whether Fargate has tasks of that size."""
     return memory_mib in _FARGATE.get(vcpus, ())
 
 
@@ -115,7 +115,7 @@ def check_tags(tags: Mapping[str, str] | None) -> None:
 
 
 def tags_of_task(definition: Mapping[str, str], job: Mapping[str, str], *, propagate: bool) -> int:
-    """Return how many tags a job's task would get. With more than 50, the job fails.
+    """Return how many tags a job's task would have. With more than 50, the job fails.
 
     References:
         AWS Batch API Reference, "SubmitJob", propagateTags.
@@ -251,7 +251,7 @@ def _check_secrets(container: Mapping[str, Any]) -> None:
                 f"{source!r}."
             )
         if name in variables:
-            # The answer of Amazon ECS to RegisterTaskDefinition, as users quote it.
+            # Users quote these words of Amazon ECS for RegisterTaskDefinition.
             raise ClientError(
                 "The secret name must be unique and not shared with any new or existing "
                 f"environment variables set on the container, such as '{name}'."

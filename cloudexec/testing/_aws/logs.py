@@ -16,7 +16,7 @@ DEFAULT_GROUP = "/aws/batch/job"
 INTERVAL = 0.2
 """Seconds between two writes."""
 LINE_MAX = 256 * 1024 - 26
-"""Bytes of one event. Quota "Event size", Amazon CloudWatch Logs User Guide."""
+"""Largest event in bytes. Quota "Event size", Amazon CloudWatch Logs User Guide."""
 
 
 class LogWriter:

@@ -23,7 +23,7 @@ class Tree:
         self.pid = pid
         self.main_was_starved = False
         # Processes that left the main process's session, with their start times, because the system
-        # uses process ids again.
+        # reuses process ids.
         self._seen: dict[int, float] = {}
 
     def see(self, processes: Iterable[psutil.Process]) -> None:
@@ -112,7 +112,7 @@ class MemoryWatcher:
         sizes = {process: _resident(process) for process in members}
         if sum(sizes.values()) <= limit:
             return
-        # Forked processes share pages, which a cgroup counts once. So measure again, exactly.
+        # Forked processes share pages, which a cgroup counts once, so a second look is exact.
         sizes = {process: _proportional(process) for process in members}
         if sum(sizes.values()) <= limit:
             return
@@ -140,5 +140,5 @@ def _proportional(process: psutil.Process) -> int:
         full = process.memory_full_info()
     except (psutil.Error, OSError):
         return _resident(process)
-    # Only Linux tells the proportional size. The unique size of other systems is rather too small.
+    # Only Linux has the proportional size. On other systems, the unique size is a lower bound.
     return int(getattr(full, "pss", 0) or full.uss)

@@ -11,7 +11,7 @@ __all__ = ["Networks"]
 
 
 class Networks:
-    """Completes moto's networks, each region's when it is first asked for.
+    """Completes moto's networks, those of a region when it is first used.
 
     Args:
         region: The region that has further zones.
@@ -46,8 +46,8 @@ class Networks:
             self._add_zones()
 
     def _add_zones(self) -> None:
-        # Called after the back end was made, because that gives the default VPC a subnet in every
-        # zone that it knows.
+        # The zones are added after the back end was made, because it would give the default VPC a
+        # subnet in each zone that it knows.
         from moto.ec2.models.availability_zones_and_regions import RegionsAndZonesBackend, Zone
 
         known = RegionsAndZonesBackend.zones.setdefault(self._region, [])

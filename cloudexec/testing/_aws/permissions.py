@@ -190,7 +190,7 @@ def _fits(pattern: str, text: str) -> bool:
 
 
 def _holds(condition: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -> bool:
-    """Say whether a condition holds, as far as the request is known; tags are not known here."""
+    """Return whether a condition holds for the request. Tags of resources are not known here."""
     return all(
         any(_fits(pattern, keys[key]) for pattern in _several(wanted))
         for values in condition.values()

@@ -1,4 +1,4 @@
-"""What the engine asks of the rest of AWS, and how scheduling sees queues and environments."""
+"""The parts of AWS that the engine uses, and the data on queues and environments that it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["EnvironmentView", "Platform", "QueueView"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentView:
-    """A compute environment as scheduling sees it."""
+    """A compute environment, with the data that scheduling needs."""
 
     arn: str
     name: str
@@ -24,27 +24,27 @@ class EnvironmentView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueView:
-    """A job queue as scheduling sees it."""
+    """A job queue, with the data that scheduling needs."""
 
     arn: str
     name: str
     priority: int
     environments: tuple[EnvironmentView, ...]
     time_limits: tuple[tuple[str, float], ...]
-    """Reason and AWS seconds at the head of the queue, after which a job is cancelled."""
+    """Reason for waiting at the head of the queue, and AWS seconds until the job is cancelled."""
 
 
 class Platform(Protocol):
-    """What the engine asks of the rest of AWS; see ``resources.MotoPlatform``."""
+    """The parts of AWS that the engine uses; see ``resources.MotoPlatform``."""
 
     def queue(self, arn: str) -> QueueView | None:
-        """The queue, ``None`` where it has been deleted."""
+        """Return the queue; ``None`` if it was deleted."""
 
     def task_environment(self, job: Job) -> Mapping[str, str]:
-        """Variables that the task's agent sets."""
+        """Return the variables that the task's agent sets."""
 
     def secrets(self, spec: JobSpec) -> Mapping[str, str]:
-        """The values of the definition's secrets.
+        """Return the values of the definition's secrets.
 
         Raises:
             StartError: If one cannot be read; the text is the job's status reason.

@@ -51,7 +51,7 @@ class JobRecord:
     """The present state of one job: a plain job, an array's parent, or one of its children.
 
     A task that was started with ``RunTask`` is a job, too: its id is the last part of its ARN, its
-    name what it was started by, and its queue the name of its cluster.
+    name is ``startedBy``, and its queue is the name of its cluster.
     """
 
     job_id: str
@@ -65,7 +65,7 @@ class JobRecord:
     parent: str | None
     """Job id of the array parent."""
     index: int | None
-    """Place within the array."""
+    """Index in the array."""
     size: int | None
     """Number of children of an array parent, else ``None``."""
     attempts: tuple[AttemptRecord, ...]
@@ -91,7 +91,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What :meth:`FakeAWS.set_up` made."""
+    """The resources that :meth:`FakeAWS.set_up` made."""
 
     queue: str
     """ARN of the job queue."""

@@ -93,7 +93,7 @@ class RegistryMirror:
             raise self._is_down(exc) from exc
 
     def _is_down(self, exc: OSError) -> ClientError:
-        """Say so at once: with an error that clients do not try again."""
+        """Return an error that clients do not retry, so that the user sees it at once."""
         return ClientError(
             f"FakeAWS: the registry that stands for Amazon ECR does not answer at "
             f"{self._address}: {getattr(exc, 'reason', exc)}; start it again",

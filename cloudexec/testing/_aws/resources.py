@@ -20,10 +20,10 @@ class MotoPlatform:
     """Answers the engine's questions from moto's state.
 
     Args:
-        faults: Says which compute environments are broken.
-        metadata_url: The beginning of the addresses of task metadata.
+        faults: Knows which compute environments are INVALID.
+        metadata_url: Prefix of the addresses of task metadata.
         job_environment: Variables that every job gets in addition to those of AWS.
-        role_keys: Makes the credentials of jobs' roles; ``None``: jobs get none.
+        role_keys: Makes the credentials of jobs' roles; ``None``: jobs get no credentials.
     """
 
     def __init__(

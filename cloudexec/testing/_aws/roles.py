@@ -1,4 +1,4 @@
-"""Credentials of jobs: those of the job's role, which may do what its policies allow."""
+"""Makes credentials of jobs' roles, and finds what the roles' policies allow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _CREDENTIAL = re.compile(r"Credential=([A-Z0-9]+)/")
 
 
 class RoleKeys:
-    """Access keys that stand for roles.
+    """Access keys, each of which belongs to a role.
 
-    A role without an inline policy, as tests make them, may do everything.
+    A role without an inline policy, which many tests use, may do everything.
     """
 
     def __init__(self) -> None:
@@ -27,17 +27,20 @@ class RoleKeys:
         self._roles: dict[str, str] = {}
 
     def key_of(self, role: str) -> str:
-        """Return the access key of a role, by its ARN."""
+        """Return the access key of the role with this ARN."""
         key = f"ASIA{hashlib.sha256(role.encode()).hexdigest()[:16].upper()}"
         with self._lock:
             self._roles[key] = role
         return key
 
     def permissions_of(self, authorization: str) -> Permissions | None:
-        """Return what the role may do whose key signed a request; ``None``: no role, or anything.
+        """Return the permissions of the role whose key has signed a request.
 
         Args:
             authorization: The request's header.
+
+        Returns:
+            ``None`` if the key is not a role's, or if the role may do everything.
         """
         found = _CREDENTIAL.search(authorization)
         with self._lock:

@@ -19,7 +19,7 @@ __all__ = ["Exit", "ProcessRunner", "Runner", "Running", "StartError", "StartReq
 
 
 class StartError(Exception):
-    """A container that could not be started; the text is the container's reason."""
+    """A container could not be started; the text is the container's reason."""
 
     def __init__(self, reason: str, exit_code: int | None = None) -> None:
         super().__init__(reason)
@@ -39,12 +39,12 @@ class StartRequest:
     vcpus: float
     memory_mib: int
     user: str = ""
-    """The user in the container; empty: the image's."""
+    """User in the container; empty: the image's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exit:
-    """How the main process of an attempt ended."""
+    """The end of an attempt's main process."""
 
     code: int | None
     """The exit code as a container shows it: 128 + signal number if a signal ended it."""
@@ -60,10 +60,10 @@ class Running(Protocol):
 
     @property
     def address(self) -> str:
-        """Its own address; empty: it has this machine's."""
+        """The attempt's own address; empty if it has this machine's."""
 
     def wait(self) -> Exit:
-        """Block until the attempt has ended, and no process of it is left."""
+        """Block until the attempt has ended, and all its processes are gone."""
 
     def terminate(self) -> None:
         """Send SIGTERM to the main process."""
@@ -83,7 +83,8 @@ class Runner(Protocol):
 
         Args:
             request: The attempt to run.
-            output: Takes stdout and stderr as they come, from one thread, in pieces of any size.
+            output: Called with stdout and stderr as they arrive, from one thread, in pieces of any
+                size.
 
         Raises:
             StartError: If it cannot be started.
@@ -148,7 +149,7 @@ class ProcessRunner:
         return running
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching the memory of processes."""
         self._memory.close()
 
     def _interpreter(self, image: str) -> str:
@@ -187,7 +188,7 @@ class _RunningProcess:
 
     def wait(self) -> Exit:
         code = self._process.wait()
-        # A container ends with its main process, so kill the processes that it leaves behind.
+        # A container ends with its main process, so the processes that this one leaves are killed.
         self._memory.forget(self.tree)
         self.tree.kill()
         self._reader.join(timeout=5.0)

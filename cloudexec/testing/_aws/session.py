@@ -51,7 +51,7 @@ __all__ = ["Session", "check_region"]
 
 
 def _pull_times(pull: tuple[float, float] | None) -> dict[str, str]:
-    """Return when the pull of the image began and ended, in the metadata endpoint's form."""
+    """Return the begin and the end of the image's pull, in the metadata endpoint's form."""
     if pull is None:
         return {}
     names = ("PullStartedAt", "PullStoppedAt")
@@ -68,7 +68,7 @@ def check_region(name: str) -> None:
         ConfigError: If there is no such region; the message names it.
     """
     if name not in known_regions():
-        raise ConfigError(f"there is no AWS region {name!r} that FakeAWS could be")
+        raise ConfigError(f"there is no AWS region {name!r} for FakeAWS to emulate")
 
 
 class _Handler(MotoRequestHandler):
@@ -79,7 +79,7 @@ class _Handler(MotoRequestHandler):
 
 
 class Settings(Protocol):
-    """What is wanted; see ``fake.FakeAWS``."""
+    """The settings of a FakeAWS; see ``fake.FakeAWS``."""
 
     region: str
     faults: Faults
@@ -102,7 +102,7 @@ class Settings(Protocol):
 
 
 class Session:
-    """Starts everything; :meth:`close` ends it.
+    """Starts all parts of a FakeAWS; :meth:`close` ends them.
 
     Args:
         owner: The FakeAWS with its settings.
@@ -127,7 +127,7 @@ class Session:
         self._closers.append(runner.close)
         logs = LogWriter(logs_backend)
         self._closers.append(logs.close)
-        # The socket is bound first, because jobs are told the address.
+        # The socket is bound first, because jobs need its address.
         self._server = make_server(
             self._listen_host(),
             0,
@@ -269,7 +269,7 @@ class Session:
         return ProcessRunner(directory, python=owner.python, images=owner.images)
 
     def _listen_host(self) -> str:
-        # All addresses for containers: the bridge may not exist before the first container.
+        # Containers need all addresses: the bridge may not exist before the first container.
         return "127.0.0.1" if self._owner.mode == "process" else "0.0.0.0"
 
     def _job_environment(self, port: int) -> dict[str, str]:

@@ -119,7 +119,7 @@ class StackResources:
                 group.set_retention_policy(properties.get("RetentionInDays"))
             elif resource.type == "AWS::S3::Bucket":
                 _set_lifecycle(resource.physical_id or "", properties)
-            # Other types are not changed, because the fake does not use their properties.
+            # Other types stay unchanged, because the fake does not use their properties.
         except Exception as exc:
             raise ResourceError(str(exc) or repr(exc)) from exc
 
@@ -136,7 +136,7 @@ class StackResources:
                 environment.state = "DISABLED"
 
     def must_wait(self, resource: Resource) -> bool:
-        """Say whether jobs still keep a resource from being deleted."""
+        """Return whether jobs still keep a resource from being deleted."""
         if resource.type == "AWS::Batch::JobQueue":
             return bool(self._engine.active(resource.physical_id or ""))
         if resource.type == "AWS::Batch::ComputeEnvironment":
@@ -144,7 +144,7 @@ class StackResources:
         return False
 
     def delete(self, region: str, resource: Resource) -> None:
-        """Delete a resource; it is no error if it is gone already.
+        """Delete a resource. It is no error if the resource does not exist any more.
 
         Raises:
             ResourceError: If it cannot be deleted.
@@ -258,13 +258,13 @@ class StackResources:
 
 
 def _lowered(node: Any) -> Any:
-    """Change CloudFormation's names of Batch's parameters into those of the API."""
+    """Change the names of Batch's parameters in CloudFormation to those in the API."""
     if isinstance(node, list):
         return [_lowered(each) for each in node]
     if not isinstance(node, dict):
         return node
     return {
-        # The names of tags are chosen by the user, and stay as they are.
+        # The user chooses the names of tags, so they stay as they are.
         key[:1].lower() + key[1:]: each if key == "Tags" else _lowered(each)
         for key, each in node.items()
         if key not in ("ReplaceComputeEnvironment", "UpdatePolicy")
@@ -272,7 +272,7 @@ def _lowered(node: Any) -> Any:
 
 
 def _create_cluster(region: str, name: str, resource: Resource, properties: dict[str, Any]) -> None:
-    # By hand: moto would leave out capacity providers and tags.
+    # moto's own function would leave out capacity providers and tags.
     cluster = ecs_backend(region).create_cluster(
         properties.get("ClusterName", name),
         tags=[{"key": each["Key"], "value": each["Value"]} for each in properties["Tags"]],
@@ -333,7 +333,7 @@ def _s3() -> Any:
 
 
 def _check_repository(resource: Resource, properties: Mapping[str, Any]) -> None:
-    """Refuse a name that Amazon ECR does not take, which moto lets pass here."""
+    """Refuse a name that Amazon ECR does not accept, but moto does."""
     name = str(properties.get("RepositoryName", ""))
     if resource.type == "AWS::ECR::Repository" and name and not _REPOSITORY.fullmatch(name):
         raise ResourceError(

@@ -21,7 +21,7 @@ __all__ = ["Stack", "StackWork", "now"]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Stack:
-    """One stack. Every field belongs to the gateway's lock over moto."""
+    """One stack. The gateway's lock over moto protects all fields."""
 
     id: str
     name: str
@@ -39,15 +39,15 @@ class Stack:
     on_failure: str = "ROLLBACK"
     protected: bool = False
     resources: dict[str, Resource] = field(default_factory=dict)
-    """Those that exist, in the order of creation."""
+    """Existing resources, in the order of creation."""
     gone: dict[str, Resource] = field(default_factory=dict)
-    """Those that have been deleted."""
+    """Deleted resources."""
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def event(
         self, status: str, reason: str | None = None, resource: Resource | None = None
     ) -> None:
-        """Note what has happened to the stack or one of its resources."""
+        """Record an event of the stack or of one of its resources."""
         entry: dict[str, Any] = {
             "StackId": self.id,
             "EventId": str(uuid.uuid4()),
@@ -71,10 +71,10 @@ class StackWork:
     """Changes stacks, each change in a thread of its own.
 
     Args:
-        resources: Makes and deletes resources.
-        faults: Which resources fail.
-        lock: Held while moto's state is touched.
-        seconds: How long an operation on a stack takes.
+        resources: Creates and deletes resources.
+        faults: Knows which resources fail.
+        lock: Held while moto's state is used.
+        seconds: Duration of an operation on a stack.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class StackWork:
         self._begin(lambda: self._carry_out_create(stack))
 
     def update(self, stack: Stack, before: tuple[Any, ...]) -> None:
-        """Change a stack's resources to what its template says now."""
+        """Change a stack's resources to those of its new template."""
         self._begin(lambda: self._carry_out_update(stack, before))
 
     def delete(self, stack: Stack) -> None:
@@ -104,13 +104,13 @@ class StackWork:
         self._begin(lambda: self._carry_out_delete(stack))
 
     def close(self) -> None:
-        """Wait for what is under way to stop."""
+        """Wait until all operations have stopped."""
         self._closed.set()
         for thread in self._threads:
             thread.join()
 
     def evaluator(self, stack: Stack) -> Evaluator:
-        """Return what computes the values of a stack's template."""
+        """Return the evaluator of a stack's template."""
 
         def reference(name: str) -> Any:
             if name in stack.resources:
@@ -140,7 +140,7 @@ class StackWork:
         thread.start()
 
     def _pause(self, steps: int) -> bool:
-        """Let time pass before the next of so many steps; whether to go on."""
+        """Wait before the next of ``steps`` steps; return whether to go on."""
         return not self._closed.wait(self._seconds / max(steps, 1))
 
     def _carry_out_create(self, stack: Stack) -> None:
@@ -168,7 +168,7 @@ class StackWork:
             stack.event("ROLLBACK_FAILED" if stuck else "ROLLBACK_COMPLETE")
 
     def _make_missing(self, stack: Stack, evaluator: Evaluator, verb: str) -> str | None:
-        """Create what does not exist yet; the name of the first that fails."""
+        """Create missing resources; return the name of the first that fails."""
         wanted = stack.template["Resources"]
         names = [
             name
@@ -279,7 +279,7 @@ class StackWork:
                 stack.event("DELETE_COMPLETE")
 
     def _remove(self, stack: Stack, names: list[str]) -> list[str]:
-        """Delete resources in the given order; those that could not be."""
+        """Delete resources in the given order; return those that could not be deleted."""
         stuck: list[str] = []
         for name in names:
             resource = stack.resources[name]
@@ -303,7 +303,7 @@ class StackWork:
                             stack.gone[name] = stack.resources.pop(name)
                             stack.event("DELETE_COMPLETE", resource=resource)
                             break
-                    except Exception as exc:  # whatever moto raises is the resource's failure
+                    except Exception as exc:  # any exception of moto is the resource's failure
                         stack.event("DELETE_FAILED", str(exc) or repr(exc), resource)
                         stuck.append(name)
                         break
@@ -313,5 +313,5 @@ class StackWork:
 
 
 def now() -> datetime.datetime:
-    """Return the time as CloudFormation's answers have it."""
+    """Return the time in the form of CloudFormation's answers."""
     return datetime.datetime.now(datetime.UTC)

@@ -1,4 +1,4 @@
-"""The tasks of Amazon ECS behind jobs on Fargate, and their network interfaces."""
+"""Describes the tasks of Amazon ECS behind jobs on Fargate, and their network interfaces."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _PLACED = ("STARTING", "RUNNING")
 
 
 class Tasks:
-    """Answers what is asked about tasks of jobs.
+    """Answers calls about the tasks of jobs.
 
-    A process has no network of its own. So that two of them can listen at the same port, each task
-    has a loopback address, where the system has more than one; it is both the private and the
+    A process has no network of its own. So that two tasks can listen at the same port, each task
+    has a loopback address of its own, if the system has several. It is both the private and the
     public address.
 
     Args:
-        engine: Whose jobs they are.
-        are_processes: Whether they are processes of this machine, and not containers.
+        engine: The engine that runs the jobs.
+        are_processes: Whether tasks are processes of this machine, and not containers.
     """
 
     def __init__(self, engine: Engine, *, are_processes: bool) -> None:
@@ -34,13 +34,13 @@ class Tasks:
         self._are_processes = are_processes
 
     def networks(self, job: Job) -> list[dict[str, Any]]:
-        """Return the networks of a task as its metadata have them."""
+        """Return the networks of a task for its metadata."""
         if not self._are_processes:
-            return []  # a container is told of its networks before they can be looked up
+            return []  # the address of a container is not known yet when it gets its metadata
         return [{"NetworkMode": "awsvpc", "IPv4Addresses": [self.address(job)]}]
 
     def address(self, job: Job) -> str:
-        """Return the address of a task that runs."""
+        """Return the address of a running task."""
         own = job.running.address if job.running is not None else ""
         if own or not sys.platform.startswith("linux"):
             return own or "127.0.0.1"
@@ -48,11 +48,11 @@ class Tasks:
         return f"127.{number[0] | 128}.{number[1]}.{1 + number[2] % 254}"
 
     def attachments(self, job: Job) -> list[dict[str, Any]] | None:
-        """Return the network interfaces of a task; ``None``: it has none."""
+        """Return the network interfaces of a task; ``None``: it has none yet."""
         return _attachments(job, self.address(job)) if job.status in _PLACED else None
 
     def describe(self, call: Call) -> Mapping[str, Any] | None:
-        """Answer DescribeTasks; ``None``: they are not of AWS Batch."""
+        """Answer DescribeTasks; ``None``: the tasks are not of AWS Batch."""
         given = call.parameters
         cluster = given.get("cluster", "").rpartition("/")[2]
         if call.operation != "DescribeTasks" or not cluster.startswith("AWSBatch-"):
@@ -70,7 +70,7 @@ class Tasks:
         }
 
     def interfaces(self, call: Call) -> Response | None:
-        """Answer DescribeNetworkInterfaces for tasks' interfaces; ``None``: there are others."""
+        """Answer DescribeNetworkInterfaces for tasks; ``None``: some interfaces are not theirs."""
         wanted = call.parameters.get("NetworkInterfaceIds") or ()
         if call.operation != "DescribeNetworkInterfaces" or not wanted:
             return None

@@ -96,11 +96,11 @@ class Evaluator:
         self._attribute = attribute
 
     def exists(self, entry: Mapping[str, Any]) -> bool:
-        """Say whether the condition of a resource or output holds."""
+        """Return whether the condition of a resource or output holds."""
         return "Condition" not in entry or self.condition(entry["Condition"])
 
     def condition(self, name: str) -> bool:
-        """Say whether a named condition holds."""
+        """Return whether a named condition holds."""
         conditions = self._template.get("Conditions", {})
         if name not in conditions:
             raise TemplateError(f"Unresolved condition {name}")

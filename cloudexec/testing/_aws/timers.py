@@ -1,4 +1,4 @@
-"""The engine's clock: how long things take, and a thread that does what is due."""
+"""The engine's clock: durations of state changes, and a thread for delayed actions."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["Timers", "Timing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How long things take, in seconds."""
+    """Durations of state changes, in seconds."""
 
     step: float
-    """From each state to the next where nothing is waited for."""
+    """Time from each state to the next, if the job need not wait for anything."""
     grace: float
-    """From SIGTERM to SIGKILL."""
+    """Time from SIGTERM to SIGKILL."""
     speed: float
-    """AWS's seconds per real second, for attempt timeouts and queue time limits."""
+    """Seconds of AWS per real second, for attempt timeouts and queue time limits."""
     boot: float = 0.0
-    """Until a new EC2 instance runs jobs."""
+    """Time until a new EC2 instance runs jobs."""
     launch_rate: tuple[int, float] | None = None
-    """Tasks that Fargate starts at once, and per second after that, of each kind of capacity."""
+    """Tasks that Fargate starts at once, and per second after that, for each kind of capacity."""
 
 
 class Timers:
-    """Calls what is due, under the lock, in a thread of its own."""
+    """Calls delayed actions, under the lock, in a thread of its own."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -41,17 +41,17 @@ class Timers:
         self._thread.start()
 
     def stop(self) -> None:
-        """Do nothing more; :meth:`join` waits for what is being done."""
+        """Start no more actions; :meth:`join` waits for the present one."""
         with self.lock:
             self.closing = True
             self._changed.notify_all()
 
     def join(self) -> None:
-        """Wait for the thread's end."""
+        """Wait for the end of the thread."""
         self._thread.join()
 
     def later(self, seconds: float, action: Callable[[], None]) -> None:
-        """Call something after so many seconds."""
+        """Call ``action`` after so many seconds."""
         with self.lock:
             due = time.monotonic() + seconds
             heapq.heappush(self._timers, (due, next(self._numbers), action))
@@ -71,7 +71,7 @@ class Timers:
         try:
             action()
         except Exception as exc:
-            # Shown as any thread's, but the others' jobs go on.
+            # The error is shown like that of any thread, but other jobs' actions go on.
             kind, trace = type(exc), exc.__traceback__
             threading.excepthook(
                 threading.ExceptHookArgs((kind, exc, trace, threading.current_thread()))
