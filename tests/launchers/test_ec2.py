@@ -363,7 +363,11 @@ def test_instances_that_end_for_want_of_capacity_are_asked_for_again(still: Any,
         assert platform.lacks_capacity(status.reason)
         still.faults.clear()
         still.faults.ec2.scripts_hang = True
-        await until(platform, lambda status: Phase.RUNNING in status.counts)
+        ended = {each.instance_id for each in still.instances()}
+        status = await look(platform, "cloudexec-a-1", 1)
+        assert list(status.worker_ids) == [""], "what has ended is not taken for another one"
+        status = await until(platform, lambda status: Phase.RUNNING in status.counts)
+        assert status.worker_ids[0] not in ended
 
     with_platform(ec2(), work)
     assert [each.state for each in still.instances()].count("running") == 1

@@ -46,14 +46,14 @@ def aws(shared: FakeAWS) -> Iterator[FakeAWS]:
         client().terminate_instances(InstanceIds=alive)
 
 
-def client() -> Any:
-    config = botocore.config.Config(retries={"total_max_attempts": 1})
+def client(tries: int = 10) -> Any:
+    config = botocore.config.Config(retries={"total_max_attempts": tries, "mode": "standard"})
     return boto3.client("ec2", config=config)
 
 
-def fleet(script: str, count: int = 1, **settings: Any) -> dict[str, Any]:
+def fleet(script: str, count: int = 1, tries: int = 10, **settings: Any) -> dict[str, Any]:
     """Start instances; return the answer."""
-    ec2 = client()
+    ec2 = client(tries)
     with contextlib.suppress(botocore.exceptions.ClientError):  # there is one already
         ec2.create_launch_template(
             LaunchTemplateName="plain", LaunchTemplateData={"ImageId": IMAGE}
@@ -135,17 +135,16 @@ def test_a_timer_of_the_script_ends_an_instance_that_hangs(aws: FakeAWS) -> None
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_an_instance_that_is_terminated_tells_its_container_unless_in_a_hurry(
-    aws: FakeAWS, at_once: bool
+    aws: FakeAWS, shared: FakeAWS, at_once: bool
 ) -> None:
     script = (
         "docker pull plain:1; docker run -d plain:1 python3 -c 'import signal, time;"
-        "signal.signal(signal.SIGTERM, lambda *_: exit(5)); print(1, flush=True);"
+        'signal.signal(signal.SIGTERM, lambda *_: exit(5)); open("ready", "w").close();'
         "time.sleep(60)'; docker wait worker"
     )
     answer = fleet(script)
     (name,) = answer["Instances"][0]["InstanceIds"]
-    eventually(lambda: any(e.pid for e in aws.instances() if e.instance_id == name))
-    time.sleep(0.5)  # until it has set its handler, which nothing tells
+    eventually(Path(str(shared._directory), f"{name}-worker", "ready").exists)
     client().terminate_instances(InstanceIds=[name], SkipOsShutdown=at_once)
     found = ended(aws, answer)
     assert found.state_reason == "Client.UserInitiatedShutdown"
@@ -186,7 +185,7 @@ def test_fleets_are_limited_to_the_published_rate(aws: FakeAWS) -> None:
     errors = []
     for _ in range(12):
         try:
-            fleet("", type="c6i.large")
+            fleet("", tries=1, type="c6i.large")
         except botocore.exceptions.ClientError as exc:
             errors.append(exc.response["Error"]["Code"])
     assert len(errors) > 2

@@ -88,6 +88,7 @@ class Group:
         is_unsure: Whether a call may have started instances whose answer did not come.
         asking: The call that is being made.
         machines: Of the instances that Amazon EC2 has told of: type and zone, by id.
+        past: Instances that ended before they ran, so that others were asked for instead.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Group:
     is_unsure: bool = False
     asking: asyncio.Task[None] | None = None
     machines: dict[str, tuple[str, str]] = field(default_factory=dict)
+    past: set[str] = field(default_factory=set)
 
     @property
     def lacking(self) -> list[Worker]:
@@ -128,7 +130,7 @@ class Group:
 
     def take(self, instances: Iterable[str]) -> list[str]:
         """Give instances to workers that have none; return those that are too many."""
-        known = set(self.ids)
+        known = {*self.ids, *self.past}
         fresh = [each for each in sorted(set(instances)) if each not in known]
         free = [each for each in self.workers if not (each.instance or each.is_doomed or each.end)]
         for worker, instance in zip(free, fresh, strict=False):
@@ -221,6 +223,8 @@ class Asker:
 
     def go_without(self, group: Group, worker: Worker, reason: str) -> None:
         """Let a worker wait for capacity, and with it all others of its kind."""
+        group.past.add(worker.instance)
+        group.machines.pop(worker.instance, None)
         worker.instance = ""
         worker.seen, worker.is_known, worker.missing_since = _NOT_SEEN, False, None
         group.reason = reason

@@ -86,7 +86,7 @@ class InstanceHost:
             return 404, b"no such instance"
         if rest == "command":
             code, said = self._command(instance, body)
-            return 200, f"{code}\n{said}".encode()
+            return 200, f"{code}\n{said}\n".encode()
         if rest == "latest/api/token":
             lifetime = headers.get("x-aws-ec2-metadata-token-ttl-seconds", "")
             if method != "PUT" or not lifetime.isdigit():
