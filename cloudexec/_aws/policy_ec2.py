@@ -38,9 +38,9 @@ OF_INSTANCES = frozenset(("ec2", operation) for operation in OPERATIONS) - {
 }
 """Calls that are made only where there is a role for instances."""
 SIDS = {
-    "instance_parts": "PartsOfInstances",
+    "instance_parts": "InstanceParts",
     "instance_role": "InstanceRole",
-    "instance_tags": "TagsOfInstances",
+    "instance_tags": "InstanceTags",
     "new_instance": "NewInstances",
     "own_instance": "OwnInstances",
     "system_image": "SystemImages",
@@ -61,26 +61,26 @@ def place_of(
     stack = (profile.stack if profile is not None else "") or "cloudexec-*"
     test = "StringLike" if "*" in stack else "StringEquals"
 
-    def arn(kind: str, owner: str = account) -> str:
-        return f"arn:{partition}:ec2:{region}:{owner}:{kind}/*"
+    def arn(kind: str) -> str:
+        # Wherever they are, instances need the tag and the role, and a policy has 6,144 characters
+        # at most.
+        return f"arn:{partition}:ec2:*:*:{kind}/*"
 
     match resource:
         case "instance_parts":
-            parts = ("fleet", "launch-template", "network-interface", "security-group", "subnet")
-            # Public images belong to no account.
-            return [*map(arn, parts), arn("image", account), arn("image", "")], {}
+            kinds = ("fleet", "launch-template", "network-interface", "security-group", "subnet")
+            return [*map(arn, kinds), arn("image")], {}
         case "new_instance":
             # None without the tag, by which they can be ended.
             return [arn("instance"), arn("volume")], {test: {f"aws:RequestTag/{TAG_STACK}": stack}}
         case "instance_tags":
-            kinds = ("instance", "launch-template", "network-interface", "volume")
+            # Only while it is being made.
             made_by = ["CreateFleet", "CreateLaunchTemplate", "RunInstances"]
-            return list(map(arn, kinds)), {"StringEquals": {"ec2:CreateAction": made_by}}
+            return [arn("*")], {"StringEquals": {"ec2:CreateAction": made_by}}
         case "own_instance":
             return [arn("instance")], {test: {f"aws:ResourceTag/{TAG_STACK}": stack}}
         case "system_image":
-            name = "parameter/aws/service/ecs/optimized-ami/*"
-            return [f"arn:{partition}:ssm:{region}::{name}"], {}
+            return [f"arn:{partition}:ssm:{region}::parameter/aws/service/*"], {}
         case _:
             role = profile.instance_role if profile is not None else ""
             return [role or f"arn:{partition}:iam::{account}:role/cloudexec-*"], {}

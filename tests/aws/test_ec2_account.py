@@ -185,7 +185,7 @@ def test_only_instances_with_the_stack_s_tag_may_be_started_and_ended() -> None:
     assert statements["NewInstances"]["Condition"] == {
         "StringEquals": {"aws:RequestTag/cloudexec:stack": "cloudexec-default"}
     }
-    assert not any("instance/" in arn for arn in statements["PartsOfInstances"]["Resource"])
+    assert not any("instance/" in arn for arn in statements["InstanceParts"]["Resource"])
     assert statements["PassInstanceRole"]["Resource"] == profile.instance_role
     assert statements["PassInstanceRole"]["Condition"] == {
         "StringEquals": {"iam:PassedToService": ["ec2.amazonaws.com"]}
