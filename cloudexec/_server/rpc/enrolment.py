@@ -105,7 +105,7 @@ class Enrolment:
             # No refusal that counts: a worker of the run before comes again in a moment.
             await abort(context, "RESOURCE_EXHAUSTED", "workers cannot be taken over yet")
         claimed, hello.identity = hello.identity, service.workers.launch_of(hello.identity)
-        if not hello.identity:
+        if claimed and not hello.identity:
             # Nor is this one: the platform has started it, and says in a moment which one it is.
             await abort(context, "RESOURCE_EXHAUSTED", "it is not known yet which worker this is")
         nonce = _enrolment.make_nonce()
