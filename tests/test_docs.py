@@ -45,6 +45,7 @@ _CHECKED: dict[str, Callable[..., Any]] = {
     "BatchExecutor": cloudexec.BatchExecutor,
     "FakeAWS": FakeAWS,
     "Fallback": cloudexec.Fallback,
+    "EC2": cloudexec.EC2,
     "Fargate": cloudexec.Fargate,
     "Lambda": cloudexec.Lambda,
     "Local": cloudexec.Local,

@@ -75,6 +75,7 @@ MAY_IMPORT = {
         "_relay",
     },
     "_launchers/batch": {"_aws", "_config", "_environment", "_log", "_pricing"},
+    "_launchers/ec2": {"_aws", "_config", "_environment", "_log", "_pricing"},
     "_launchers/fargate": {"_aws", "_config", "_environment", "_log"},
     "_launchers/lambda_": {"_aws", "_config", "_environment"},
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},

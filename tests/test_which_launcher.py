@@ -12,6 +12,7 @@ import pytest
 from test_docs import DOCS, ROOT
 
 from cloudexec._aws.function_requests import LONGEST_SESSION, MOST_MIB, VCPU_MIB
+from cloudexec._aws.instance_requests import MOST_INSTANCES
 from cloudexec._aws.limits import (
     ARRAY_LARGEST,
     ECS_MOST_VCPUS,
@@ -23,6 +24,7 @@ from cloudexec._aws.prices import LEAST_SECONDS, PriceTable
 from cloudexec._aws.template import template
 from cloudexec._launchers.base import LaunchTimes
 from cloudexec._launchers.batch import platform as batch
+from cloudexec._launchers.ec2 import asking as ec2_asking
 from cloudexec._launchers.fargate.asking import CALLS_PER_SECOND
 from cloudexec._launchers.lambda_.asking import STARTS_PER_SECOND
 
@@ -119,6 +121,13 @@ def test_limits_and_prices_of_the_page_are_those_of_the_code(
             spot,
         ],
         ('Batch(compute="ec2")', least): [f"{LEAST_SECONDS} s"],
+        ("EC2(...)", limits): [
+            f"{MOST_INSTANCES} workers in a request",
+            f"{ec2_asking.CALLS_PER_SECOND} requests a second",
+            f"{ec2_asking._INSTANCES_BURST:,} instances at once",
+            f"and then {ec2_asking._INSTANCES_PER_SECOND} a second",
+        ],
+        ("EC2(...)", least): [f"{LEAST_SECONDS} s"],
         ("Slurm example", limits): [f"{slurm.most_workers:,} workers"],
         ("Kubernetes example", limits): [f"{kubernetes.most_workers:,} workers"],
         ("Fallback([...])", "from the request to your code"): [

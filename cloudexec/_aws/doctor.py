@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients, is_region, known_regions
 from cloudexec._aws.diagnosis import mend_invalid
+from cloudexec._aws.doctor_ec2 import look_at_instances
 from cloudexec._aws.doctor_lambda import look_at_lambda
 from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.job_details import time_of_text
@@ -126,6 +127,7 @@ async def examine(
         "compute environments": _environments,
         **({"cluster": _cluster} if profile.cluster else {}),
         **({"AWS Lambda": _lambda} if profile.function_role else {}),
+        **({"instances": _instances} if profile.instance_profile else {}),
         "network": _network,
         "vCPU quota": _quota,
         "image": _image,
@@ -358,6 +360,12 @@ async def _lambda(examination: _Examination) -> Check:
     found, remedy = await look_at_lambda(examination.clients, examination.profile)
     outcome: Outcome = "warning" if remedy else "ok"
     return Check(name="AWS Lambda", outcome=outcome, found=found, remedy=remedy)
+
+
+async def _instances(examination: _Examination) -> Check:
+    found, remedy = await look_at_instances(examination.clients, examination.profile)
+    outcome: Outcome = "warning" if remedy else "ok"
+    return Check(name="instances", outcome=outcome, found=found, remedy=remedy)
 
 
 async def _overdue(examination: _Examination) -> list[str]:

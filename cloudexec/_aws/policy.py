@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from cloudexec._aws import policy_lambda
 from cloudexec._aws.names import DEFINITION_PREFIX, OBJECTS_PREFIX, TAG_STACK, partition_of
-from cloudexec._aws.policy_lambda import OF_FUNCTIONS, OPERATIONS, PASSED_TO
+from cloudexec._aws.policy_ec2 import OF_INSTANCES, OPERATIONS, PASSED_TO, SIDS, place_of
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
 
@@ -25,14 +26,20 @@ Resource: TypeAlias = Literal[
     "function",
     "function_role",
     "image",
+    "instance_parts",
+    "instance_role",
+    "instance_tags",
     "job",
     "log_group",
+    "new_instance",
     "object",
+    "own_instance",
     "own_task",
     "queue",
     "role",
     "secret",
     "stack",
+    "system_image",
     "task",
     "task_definition",
 ]
@@ -128,6 +135,13 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
         _PASS_ROLE,
     ),
     ("ecs", "StopTask"): (Grant("ecs:StopTask", "own_task"),),
+    **{
+        ("ec2", operation): tuple(
+            Grant(action, kind, (PASSED_TO,) if kind == "instance_role" else ())  # type: ignore[arg-type]
+            for action, kind in grants
+        )
+        for operation, grants in OPERATIONS.items()
+    },
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers connect.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
@@ -150,10 +164,10 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("sts", "GetCallerIdentity"): (),
     **{
         ("lambda", operation): tuple(
-            Grant(action, kind, (PASSED_TO,) if kind == "function_role" else ())  # type: ignore[arg-type]
+            Grant(action, kind, (policy_lambda.PASSED_TO,) if kind == "function_role" else ())  # type: ignore[arg-type]
             for action, kind in grants
         )
-        for operation, grants in OPERATIONS.items()
+        for operation, grants in policy_lambda.OPERATIONS.items()
     },
 }
 """Operation -> permissions that it needs. A test compares the table with the calls made."""
@@ -186,7 +200,8 @@ def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any
     if profile is not None:
         # Commands without --profile list the clusters and functions of the region even so.
         calls -= set() if profile.cluster else _OF_CLUSTERS
-        calls -= set() if profile.function_role else OF_FUNCTIONS
+        calls -= set() if profile.function_role else policy_lambda.OF_FUNCTIONS
+        calls -= set() if profile.instance_profile else OF_INSTANCES
     return actions_for(calls, profile, partition)
 
 
@@ -259,6 +274,7 @@ _SIDS: dict[Resource, str] = {
     "stack": "Stack",
     "task": "Tasks",
     "task_definition": "TaskDefinitions",
+    **SIDS,  # type: ignore[dict-item]
 }
 
 
@@ -330,8 +346,10 @@ def _resources(
             return [arn("ecs", f"task/{cluster.rpartition('/')[2]}/*")], {}
         case "task_definition":
             return [arn("ecs", f"task-definition/{DEFINITION_PREFIX}*:*")], {}
-        case _:
+        case "any":
             return ["*"], {}
+        case _:
+            return place_of(resource, profile, place)
 
 
 def _place(profile: Profile | None, partition: str) -> tuple[str, str, str]:

@@ -25,6 +25,7 @@ __all__ = [
     "InstancePrice",
     "PriceTable",
     "format_usd",
+    "price_of_instance",
     "refresh",
 ]
 
@@ -243,6 +244,18 @@ async def refresh(clients: AwsClients, *, keep: bool = True) -> PriceTable:
         except OSError as exc:
             return replace(learned, note=f"prices could not be kept: {exc}")
     return learned
+
+
+async def price_of_instance(clients: AwsClients, instance_type: str) -> float | None:
+    """Return the list price of an instance type in the clients' region, in USD per hour.
+
+    ``None``: the price list has none.
+
+    Raises:
+        AwsError: If AWS refuses, or cannot be reached.
+    """
+    products = await _products(clients, "AmazonEC2", _instance_filters(instance_type))
+    return min((price for each in products if (price := _on_demand(each))), default=None)
 
 
 def _instance_filters(instance_type: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ from cloudexec._aws.task_definitions import (
     task_definitions,
 )
 from cloudexec._aws.task_requests import DESCRIBE_TASKS
+from cloudexec._aws.teardown_ec2 import active_instances, delete_instances
 from cloudexec._aws.teardown_lambda import delete_functions
 from cloudexec._errors import AwsError, ConfigError
 
@@ -51,7 +52,8 @@ class Stock:
 
     stack: Stack | None
     jobs: int
-    """Number of jobs that have not ended, where an array counts once, and tasks without a job."""
+    """Number of jobs that have not ended, where an array counts once, and of tasks and instances
+    without a job."""
     runs: tuple[str, ...]
     """Names of running programs that ``cloudexec run`` has started."""
     objects: int
@@ -83,6 +85,7 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     tasks: set[str] = set()
     for cluster in resources.get("AWS::ECS::Cluster", ()):
         tasks |= await _active_tasks(clients, cluster)
+    tasks |= await active_instances(clients, stack_name(name))
     objects, has_more = 0, False
     for bucket in resources.get("AWS::S3::Bucket", ()):
         try:
@@ -167,6 +170,7 @@ async def down(
         if running:
             text = f"{counted(running, 'task')} still ending after {jobs_end_within:.0f} s"
             report(Noted(text=f"{text}: going on"))
+    await delete_instances(clients, stack_of, report, interval, jobs_end_within)
     roles = resources.get("AWS::IAM::Role", ())
     with stepping(report, "Job definitions") as step:
         arns = [each async for each in _definitions(clients, stack_of, roles)]

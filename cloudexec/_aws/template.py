@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cloudexec._aws import template_ec2
 from cloudexec._aws.names import (
     DEFINITION_PREFIX,
     OBJECTS_PREFIX,
@@ -68,7 +69,13 @@ def template() -> Json:
                     },
                     {
                         "Label": {"default": "Capacity"},
-                        "Parameters": ["MaxVcpus", "Ec2", "Fargate", "Lambda"],
+                        "Parameters": [
+                            "MaxVcpus",
+                            "Ec2",
+                            "Fargate",
+                            template_ec2.PARAMETER,
+                            "Lambda",
+                        ],
                     },
                     {
                         "Label": {"default": "Retention"},
@@ -82,6 +89,7 @@ def template() -> Json:
             "Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]},
             "Fargate": {"Fn::Equals": [{"Ref": "Fargate"}, "true"]},
             "Lambda": {"Fn::Equals": [{"Ref": "Lambda"}, "true"]},
+            template_ec2.PARAMETER: {"Fn::Equals": [{"Ref": template_ec2.PARAMETER}, "true"]},
             "Bounded": {"Fn::Not": [{"Fn::Equals": [{"Ref": "PermissionsBoundary"}, ""]}]},
         },
         "Resources": {
@@ -94,6 +102,12 @@ def template() -> Json:
             **_ec2(),
             **_cluster(),
             **function_role(_BOUNDARY, _tags(anywhere=True), _DATA),
+            **template_ec2.resources(
+                boundary=_BOUNDARY,
+                trust=_trust("ec2.amazonaws.com"),
+                start_policy=_start_policy(),
+                tags=_tags(anywhere=True),
+            ),
         },
         "Outputs": _outputs(),
     }
@@ -148,6 +162,7 @@ def _parameters() -> Json:
             "Description": "Whether there is a cluster for tasks on Fargate without AWS Batch too.",
         },
         "Lambda": LAMBDA_PARAMETER,
+        **template_ec2.PARAMETERS,
         "LogRetentionDays": {
             "Type": "Number",
             "AllowedValues": list(LOG_RETENTION_DAYS),
@@ -284,40 +299,43 @@ def _roles() -> Json:
                 **_BOUNDARY,
                 "Description": "Starts workers: pulls the image, reads the key, writes the log",
                 "AssumeRolePolicyDocument": _trust_tasks(),
-                "Policies": [
-                    _policy(
-                        "start",
-                        {
-                            # AWS does not restrict this action to resources.
-                            "Effect": "Allow",
-                            "Action": "ecr:GetAuthorizationToken",
-                            "Resource": "*",
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": [
-                                "ecr:BatchCheckLayerAvailability",
-                                "ecr:BatchGetImage",
-                                "ecr:GetDownloadUrlForLayer",
-                            ],
-                            "Resource": {"Fn::GetAtt": ["Repository", "Arn"]},
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
-                            "Resource": {"Fn::GetAtt": ["LogGroup", "Arn"]},
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": "secretsmanager:GetSecretValue",
-                            "Resource": {"Ref": "KeySecret"},
-                        },
-                    )
-                ],
+                "Policies": [_start_policy()],
                 "Tags": _tags(anywhere=True),
             },
         },
     }
+
+
+def _start_policy() -> Json:
+    """Return what starting a worker needs."""
+    return _policy(
+        "start",
+        {
+            # AWS does not restrict this action to resources.
+            "Effect": "Allow",
+            "Action": "ecr:GetAuthorizationToken",
+            "Resource": "*",
+        },
+        {
+            "Effect": "Allow",
+            "Action": [
+                "ecr:BatchCheckLayerAvailability",
+                "ecr:BatchGetImage",
+                "ecr:GetDownloadUrlForLayer",
+            ],
+            "Resource": {"Fn::GetAtt": ["Repository", "Arn"]},
+        },
+        {
+            "Effect": "Allow",
+            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
+            "Resource": {"Fn::GetAtt": ["LogGroup", "Arn"]},
+        },
+        {
+            "Effect": "Allow",
+            "Action": "secretsmanager:GetSecretValue",
+            "Resource": {"Ref": "KeySecret"},
+        },
+    )
 
 
 def _run_role() -> Json:
@@ -543,6 +561,7 @@ def _outputs() -> Json:
         "Ec2SpotQueue": ("Ec2", "Queue of EC2 Spot workers", reference("Ec2SpotQueue")),
         "Cluster": ("Fargate", "Cluster of tasks on Fargate", attribute("Cluster", "Arn")),
         "FunctionRole": LAMBDA_OUTPUT,
+        **template_ec2.OUTPUTS,
     }
     return {
         **{key: {"Description": text, "Value": value} for key, (text, value) in always.items()},

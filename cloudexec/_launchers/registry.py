@@ -17,6 +17,7 @@ GROUP = "cloudexec.launchers"
 """The group of entry points under which packages register launchers."""
 _OWN = {
     "batch": "cloudexec._launchers.batch:Batch",
+    "ec2": "cloudexec._launchers.ec2:EC2",
     "fargate": "cloudexec._launchers.fargate:Fargate",
     "lambda": "cloudexec._launchers.lambda_:Lambda",
     "local": "cloudexec._launchers.local:Local",
@@ -41,7 +42,8 @@ def launcher_named(name: str, where: str = "") -> Launcher:
     """Make a launcher with its default settings.
 
     Args:
-        name: ``"local"``, ``"batch"``, ``"fargate"``, ``"lambda"``, or a name that an installed
+        name: ``"local"``, ``"batch"``, ``"fargate"``, ``"ec2"``, ``"lambda"``, or a name that an
+            installed package registers.
             package registers.
         where: Who gave the name, for messages.
 

@@ -72,8 +72,8 @@ Exit codes:
     "launchers",
     metavar="LIST",
     help="Launchers that can use the stack, with commas between: batch, which always can, fargate, "
-    "which needs a cluster of Amazon ECS in the stack, and lambda, which needs a role there; at "
-    "first batch.",
+    "which needs a cluster of Amazon ECS in the stack, ec2, which needs a role of instances in it, "
+    "and lambda, which needs a role of functions there; at first batch.",
 )
 @click.option(
     "--public-ip/--no-public-ip",
@@ -198,8 +198,9 @@ def up_command(
             )
             return INTERRUPTED
         cluster = f", cluster {profile.cluster.rpartition('/')[2]}" if profile.cluster else ""
+        instances = ", role of instances" if profile.instance_profile else ""
         functions = ", functions of AWS Lambda" if profile.function_role else ""
-        what = f"queues {', '.join(profile.queues)}{cluster}{functions}"
+        what = f"queues {', '.join(profile.queues)}{cluster}{instances}{functions}"
         steps.say(f"Ready: profile {profile.name}, {what}.")
         option = "" if name == "default" else f" --profile {name}"
         steps.say(f"Next: `cloudexec doctor{option}`.")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from cloudexec._config import check_count, check_positive
 from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.faults import Faults
-from cloudexec.testing._aws.records import JobRecord, Request, Setup
+from cloudexec.testing._aws.records import InstanceRecord, JobRecord, Request, Setup
 
 if TYPE_CHECKING:
     from cloudexec.testing._aws.function_environments import Event
@@ -238,6 +238,10 @@ class FakeAWS:
     def invocations(self) -> list[Event]:
         """Return all deliveries of events to functions of AWS Lambda so far."""
         return self._required_session().functions.events()
+
+    def instances(self) -> list[InstanceRecord]:
+        """Return all EC2 instances so far that were asked for directly, in the order of start."""
+        return self._required_session().instances.records()
 
     def set_up(
         self,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from cloudexec.testing._aws.counted import take
+from cloudexec.testing._aws.ec2_faults import Ec2Faults
 from cloudexec.testing._aws.ecs_faults import EcsFaults
 from cloudexec.testing._aws.function_faults import FunctionFaults
 
@@ -83,6 +84,8 @@ class Faults:
         """Faults of tasks that Amazon ECS runs without AWS Batch."""
         self.functions = FunctionFaults()
         """Faults of functions of AWS Lambda."""
+        self.ec2 = Ec2Faults()
+        """Faults of EC2 instances that are started without AWS Batch."""
         self._reset()
 
     def _reset(self) -> None:
@@ -108,6 +111,7 @@ class Faults:
         self._list_lag = 0.0
         self.ecs.clear()
         self.functions.clear()
+        self.ec2.clear()
 
     # Jobs that do not start.
 
@@ -391,7 +395,8 @@ class Faults:
     def list_lag(self, seconds: float) -> None:
         """Let ListJobs omit jobs that were submitted in the last seconds. 0 undoes it.
 
-        ListTasks omits tasks likewise, and DescribeTasks says that they are MISSING.
+        ListTasks and DescribeInstances omit what is new likewise, and DescribeTasks says that it is
+        MISSING.
 
         AWS does not document how late lists can be.
         """

@@ -25,6 +25,7 @@ from cloudexec.testing._aws.batch_jobs import BatchJobs
 from cloudexec.testing._aws.batch_resources import BatchResources
 from cloudexec.testing._aws.cloudformation import CloudFormation
 from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
+from cloudexec.testing._aws.ec2 import Ec2
 from cloudexec.testing._aws.ecs import Ecs
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.faults import Faults
@@ -32,6 +33,8 @@ from cloudexec.testing._aws.function_environments import Host, isolates
 from cloudexec.testing._aws.functions import Functions
 from cloudexec.testing._aws.gateway import Gateway
 from cloudexec.testing._aws.ghosts import Ghosts
+from cloudexec.testing._aws.instance_host import InstanceHost, write_commands
+from cloudexec.testing._aws.instances import Instances
 from cloudexec.testing._aws.logs import LogWriter
 from cloudexec.testing._aws.networks import Networks
 from cloudexec.testing._aws.prices import products, quota_response
@@ -148,18 +151,19 @@ class Session:
             job_environment=self._job_environment(port),
             role_keys=roles if owner.aws_in_jobs else None,
         )
+        timing = Timing(
+            step=owner.step,
+            grace=owner.grace,
+            speed=owner.speed,
+            boot=owner.boot,
+            launch_rate=owner.launch_rate,
+        )
         self.engine = Engine(
             platform=platform,
             runner=runner,
             logs=logs,
             faults=owner.faults,
-            timing=Timing(
-                step=owner.step,
-                grace=owner.grace,
-                speed=owner.speed,
-                boot=owner.boot,
-                launch_rate=owner.launch_rate,
-            ),
+            timing=timing,
             max_running=owner.max_running,
         )
         owner.faults.attach(self.engine)
@@ -182,6 +186,26 @@ class Session:
             speed=owner.speed,
         )
         self._closers.append(self.functions.close)
+        commands = directory / "commands"
+        write_commands(commands)
+        self.instances = Instances(
+            directory,
+            commands=commands,
+            address=f"{self.endpoint_url}/machine",
+            endpoint=self.endpoint_url,
+            faults=owner.faults.ec2,
+            timing=timing,
+        )
+        owner.faults.ec2.attach(self.instances)
+        host = InstanceHost(
+            self.instances,
+            runner=runner,
+            logs=logs,
+            faults=owner.faults,
+            roles=roles,
+            job_environment=self._job_environment(port),
+        )
+        self._machines = Ec2(self.instances, owner.faults, max_running=owner.max_running)
         networks = Networks(owner.region, owner.zones)
         self._closers.append(networks.close)
         ghosts = Ghosts(owner.faults)
@@ -205,6 +229,7 @@ class Session:
             faults=owner.faults,
             calls_per_second=owner.calls_per_second,
             metadata=self._metadata,
+            machine=host.answer,
             secret=lambda key: (
                 owner.environment.get("AWS_SECRET_ACCESS_KEY")
                 if key == owner.environment.get("AWS_ACCESS_KEY_ID")
@@ -226,6 +251,8 @@ class Session:
         )
         self._thread.start()
         self._closers.append(self._stop_server)
+        # First of all, as calls wait for the ends of their containers.
+        self._closers.append(self.instances.close)
 
     def own_mistakes(self) -> list[str]:
         """Return the rules of service models that requests of cloudexec itself have broken."""
@@ -291,7 +318,7 @@ class Session:
 
     def _ec2(self, call: Call, networks: Networks) -> Response | None:
         networks.prepare(call.region)
-        return self._tasks.interfaces(call)
+        return self._tasks.interfaces(call) or self._machines.answer(call)
 
     def _metadata(self, task_id: str) -> Mapping[str, Any] | None:
         with self.engine.lock:
