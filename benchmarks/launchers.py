@@ -26,14 +26,18 @@ _ROOT = Path(__file__).resolve().parent.parent
 _LAUNCHERS = (
     "Local",
     "Fargate",
+    "Lambda",
     "Batch",
     "Batch on EC2",
+    "EC2",
     "Fallback",
     "Fallback that goes on",
     "Slurm",
     "Kubernetes",
 )
 """``Fallback that goes on`` has a first launcher that has no capacity."""
+_ECR_IMAGE = f"123456789012.dkr.ecr.us-east-1.amazonaws.com/worker@sha256:{'0' * 64}"
+"""AWS Lambda takes no image from elsewhere."""
 _RUN = "cloudexec run"
 _PARTS = {
     "api": "the request",
@@ -56,8 +60,13 @@ _COLUMNS = {
 
 
 def _on_aws(kind: str, aws: Any, **settings: Any) -> Any:
-    from cloudexec import Batch, Fallback, Fargate
+    from cloudexec import EC2, Batch, Fallback, Fargate, Lambda
 
+    if kind == "EC2":
+        from launcher_helpers import write_profile
+
+        write_profile(aws)
+        return EC2(vcpus=1, image="worker:1", profile="instances")
     if kind == "Fallback":
         return Fallback({"first": _on_aws("Fargate", aws), "then": _on_aws("Batch", aws)})
     if kind == "Fallback that goes on":
@@ -77,6 +86,8 @@ def _on_aws(kind: str, aws: Any, **settings: Any) -> Any:
         "image": "worker:1",
         **settings,
     }
+    if kind == "Lambda":
+        return Lambda(role=made.function_role, region=aws.region, image=_ECR_IMAGE)
     if kind == "Fargate":
         return Fargate(
             cluster=made.cluster,
@@ -117,7 +128,11 @@ def _launcher(kind: str) -> Iterator[tuple[Any, Any]]:
     else:
         from cloudexec.testing import FakeAWS
 
-        with FakeAWS(grace=2.0, max_running=256) as aws:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            FakeAWS(grace=2.0, max_running=256) as aws,
+        ):
+            os.environ["CLOUDEXEC_CONFIG_DIR"] = folder
             yield _on_aws(kind, aws), aws
 
 
@@ -135,7 +150,8 @@ def measure(contender: str, workers: int) -> _fresh.Figures:
                 time.sleep(0.01)
             every = time.perf_counter() - begin
             launches = executor.stats().launches
-        calls = sum(each.service in ("batch", "ecs") for each in aws.requests) if aws else 0
+        services = ("batch", "ecs", "ec2", "lambda")
+        calls = sum(each.service in services for each in aws.requests) if aws else 0
     told = next((each for each in launches if each.total is not None), None)
     figures = {part: float(getattr(told, part, None) or 0.0) for part in _PARTS}
     return {**figures, "first": first, "all": every, "calls": calls}

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from cloudexec._graph_report import StageReport
     from cloudexec._launchers.base import Cost, LauncherCounts, LaunchTimes, WorkerCapacity
     from cloudexec._launchers.batch import Batch
+    from cloudexec._launchers.ec2 import EC2
     from cloudexec._launchers.fallback import Fallback
     from cloudexec._launchers.fargate import Fargate
+    from cloudexec._launchers.lambda_ import Lambda
     from cloudexec._launchers.local import Local
     from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
@@ -61,6 +63,7 @@ __all__ = [
     "ConfigError",
     "Cost",
     "DependencyError",
+    "EC2",
     "ExecutorStats",
     "Fallback",
     "Fargate",
@@ -69,6 +72,7 @@ __all__ = [
     "JournalError",
     "JournalLockedError",
     "JournalVersionError",
+    "Lambda",
     "LaunchError",
     "LaunchTimes",
     "LauncherCounts",
@@ -110,7 +114,9 @@ _LATER = {
     "_launchers.base": ("Cost", "LaunchTimes", "LauncherCounts", "WorkerCapacity"),
     "_launchers.batch": ("Batch",),
     "_launchers.fallback": ("Fallback",),
+    "_launchers.ec2": ("EC2",),
     "_launchers.fargate": ("Fargate",),
+    "_launchers.lambda_": ("Lambda",),
     "_launchers.local": ("Local",),
     "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),

@@ -10,6 +10,8 @@ __all__ = ["WorkerPrice", "run_seconds"]
 
 _HOUR = 3600.0
 _SHORTEST_RUN = 0.001
+_ROUNDING = 1e-6
+"""Seconds by which the difference of two times may be wrong, as each is rounded."""
 
 
 def run_seconds(began: float, ended: float) -> float:
@@ -28,6 +30,10 @@ class WorkerPrice:
     """USD per second."""
     least_seconds: float = 1.0
     """Seconds that are paid for each run at least."""
+    step_seconds: float = 1.0
+    """Seconds to a multiple of which each run is rounded up."""
+    per_run: float = 0.0
+    """USD for each run, however short."""
     assumed: bool = False
     """Whether the price of another region is used because that of this region is not known."""
     estimated: bool = False
@@ -50,7 +56,8 @@ class WorkerPrice:
     def cost(self, seconds: float) -> float:
         """Return the cost of one run, in USD.
 
-        Seconds are rounded up, and at least ``least_seconds`` are counted.
+        Seconds are rounded up to a multiple of ``step_seconds``, and at least ``least_seconds`` are
+        counted.
 
         Args:
             seconds: Time from the start of the image's download to the end of the run; 0 for a run
@@ -58,7 +65,8 @@ class WorkerPrice:
         """
         if seconds <= 0:
             return 0.0
-        return max(math.ceil(seconds), self.least_seconds) * self.per_second
+        steps = math.ceil((seconds - _ROUNDING) / self.step_seconds)
+        return max(steps * self.step_seconds, self.least_seconds) * self.per_second + self.per_run
 
     def cost_of(self, runs: Iterable[float]) -> float:
         """Return the total cost of several runs, in USD."""

@@ -1,9 +1,10 @@
 """Runs workers on AWS: launchers, profiles, and a monitor of all workers of an account.
 
-``Batch`` launches workers in AWS Batch, and ``Fargate`` on AWS Fargate without it. ``Profile`` has
-the settings of an account and region that ``cloudexec up`` writes, and ``Packages`` says what
-workers have installed. ``Monitor`` lists executors, jobs, logs and costs, and stops jobs. The other
-names are the records that ``Monitor`` returns.
+``Batch`` launches workers in AWS Batch, ``Fargate`` on AWS Fargate without it, ``EC2`` on EC2
+instances of their own, and ``Lambda`` in AWS Lambda. ``Profile`` has the settings of an account and
+region that ``cloudexec up`` writes, and ``Packages`` says what workers have installed. ``Monitor``
+lists executors, jobs, logs and costs, and stops jobs. The other names are the records that
+``Monitor`` returns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from cloudexec._aws.profile import Profile
 from cloudexec._environment.packages import Packages
 from cloudexec._launchers.batch import Batch
+from cloudexec._launchers.ec2 import EC2
 from cloudexec._launchers.fargate import Fargate
+from cloudexec._launchers.lambda_ import Lambda
 
 if TYPE_CHECKING:
     from cloudexec._aws.monitor import Monitor
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from cloudexec._runs.info import RunInfo
 
 __all__ = [
+    "EC2",
     "AttemptInfo",
     "Batch",
     "CostReport",
@@ -35,6 +39,7 @@ __all__ = [
     "ExecutorInfo",
     "Fargate",
     "JobInfo",
+    "Lambda",
     "LogLine",
     "Monitor",
     "Packages",

@@ -41,6 +41,7 @@ def account(
     *,
     ec2: bool = False,
     fargate: bool = False,
+    functions: bool = False,
     **options: Any,
 ) -> Iterator[FakeAWS]:
     """An AWS whose jobs are given the address and the credentials of their role."""
@@ -48,10 +49,13 @@ def account(
     patch.delenv("CLOUDEXEC_PROFILE", raising=False)
     patch.setattr(runs_followed, "_POLL", 0.1)  # commands in this process look more often
     settings: dict[str, Any] = {"calls_per_second": 1000, "stack_seconds": 0.0, "grace": 5.0}
-    launchers = ("fargate",) if fargate else None
+    given = {"fargate": fargate, "lambda": functions}
+    launchers = tuple(name for name, is_wanted in given.items() if is_wanted) or None
     with FakeAWS(aws_in_jobs=True, **(settings | options)) as aws:
         profile = asyncio.run(_set_up(SetupOptions(ec2=ec2, launchers=launchers)))
-        profile.with_image(PYTHON, "linux/amd64", IMAGE).save()
+        # AWS Lambda takes images from Amazon ECR only.
+        image = f"{profile.repository}@{IMAGE.partition('@')[2]}" if functions else IMAGE
+        profile.with_image(PYTHON, "linux/amd64", image).save()
         yield aws
 
 

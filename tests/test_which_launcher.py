@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 from test_docs import DOCS, ROOT
 
+from cloudexec._aws.function_requests import LONGEST_SESSION, MOST_MIB, VCPU_MIB
+from cloudexec._aws.instance_requests import MOST_INSTANCES
 from cloudexec._aws.limits import (
     ARRAY_LARGEST,
     ECS_MOST_VCPUS,
@@ -22,7 +24,9 @@ from cloudexec._aws.prices import LEAST_SECONDS, PriceTable
 from cloudexec._aws.template import template
 from cloudexec._launchers.base import LaunchTimes
 from cloudexec._launchers.batch import platform as batch
+from cloudexec._launchers.ec2 import asking as ec2_asking
 from cloudexec._launchers.fargate.asking import CALLS_PER_SECOND
+from cloudexec._launchers.lambda_.asking import STARTS_PER_SECOND
 
 PAGE = DOCS / "how-to" / "which-launcher.md"
 Table = dict[str, dict[str, str]]
@@ -65,6 +69,10 @@ def test_limits_and_prices_of_the_page_are_those_of_the_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prices = PriceTable.built_in()
+    on_lambda, on_lambda_arm = (
+        prices.worker(vcpus=1, memory_mib=VCPU_MIB, arch=arch, compute="lambda")
+        for arch in ("x86_64", "arm64")
+    )
     spot = f"Spot costs about {prices.spot_factor * 100:.0f} % of it."
     slurm = imported("slurm_launcher", "docs/launchers", monkeypatch).SlurmPlatform
     kubernetes = imported("kubernetes_launcher", "docs/launchers", monkeypatch).KubernetesPlatform
@@ -87,6 +95,18 @@ def test_limits_and_prices_of_the_page_are_those_of_the_code(
             spot,
         ],
         ("Fargate(...)", least): [f"{LEAST_SECONDS} s"],
+        ("Lambda(...)", size): [
+            f"{format_memory(MOST_MIB)} with {MOST_MIB / VCPU_MIB:.1f} vCPUs, for "
+            f"{LONGEST_SESSION} s"
+        ],
+        ("Lambda(...)", limits): [f"{10 * STARTS_PER_SECOND:,} workers every ten seconds"],
+        ("Lambda(...)", price): [
+            f"${on_lambda.per_hour:.4f} with {VCPU_MIB} MiB",
+            f"ARM ${on_lambda_arm.per_hour:.4f}",
+        ],
+        ("Lambda(...)", least): [
+            f"{1000 * on_lambda.least_seconds:g} ms, and ${on_lambda.per_run:.7f}"
+        ],
         ("Batch(...)", size): [largest(FARGATE_MOST_VCPUS)],
         ("Batch(...)", limits): [
             in_a_job,
@@ -101,6 +121,13 @@ def test_limits_and_prices_of_the_page_are_those_of_the_code(
             spot,
         ],
         ('Batch(compute="ec2")', least): [f"{LEAST_SECONDS} s"],
+        ("EC2(...)", limits): [
+            f"{MOST_INSTANCES} workers in a request",
+            f"{ec2_asking.CALLS_PER_SECOND} requests a second",
+            f"{ec2_asking._INSTANCES_BURST:,} instances at once",
+            f"and then {ec2_asking._INSTANCES_PER_SECOND} a second",
+        ],
+        ("EC2(...)", least): [f"{LEAST_SECONDS} s"],
         ("Slurm example", limits): [f"{slurm.most_workers:,} workers"],
         ("Kubernetes example", limits): [f"{kubernetes.most_workers:,} workers"],
         ("Fallback([...])", "from the request to your code"): [

@@ -4,6 +4,8 @@ Jobs are found in AWS itself, by the tags and names that cloudexec gives to each
 are found from any machine, and also after the client that started them has died. AWS Batch forgets
 a job 7 days after its end or later, and it cannot be found from then on. Tasks of Amazon ECS that
 were started without AWS Batch count as jobs here, too. Amazon ECS forgets them after about an hour.
+So do EC2 instances, which Amazon EC2 forgets after about an hour, too, and invocations of AWS
+Lambda, which are found in the log of the last day.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from collections.abc import (
 from types import MappingProxyType
 
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.function_search import FunctionSearch, is_invocation_id
+from cloudexec._aws.instance_search import InstanceSearch, is_instance_id
 from cloudexec._aws.job_details import (
     by_executor,
     executor_info,
@@ -67,6 +71,8 @@ class AsyncMonitor:
         *,
         queues: Mapping[str, str] = MappingProxyType({}),
         clusters: Sequence[str] | None = None,
+        functions: Sequence[str] | None = None,
+        instances: bool = True,
         public_ip: bool = True,
         log_group: str = "",
         prices: PriceTable | None = None,
@@ -78,6 +84,8 @@ class AsyncMonitor:
             clients: Calls to AWS in the region to look at.
             queues: Name or ARN of each queue by kind, as in a profile; empty: all of the region.
             clusters: ARNs or names of clusters of Amazon ECS; ``None``: all of the region.
+            functions: Log groups of functions of AWS Lambda; ``None``: of all of the region.
+            instances: Whether there may be EC2 instances that run workers without AWS Batch.
             public_ip: Whether tasks in these clusters have public addresses, which cost money.
             log_group: Log group of jobs that do not name one.
             prices: By default the prices that were last looked up for the region.
@@ -86,7 +94,9 @@ class AsyncMonitor:
         self._clients = clients
         self._calls = PacedCalls(clients)
         tasks = TaskSearch(self._calls, clusters, public_ip=public_ip)
-        self._search = JobSearch(self._calls, queues, tasks)
+        self._functions = FunctionSearch(self._calls, functions)
+        self._instances = InstanceSearch(self._calls, log_group=log_group, is_used=instances)
+        self._search = JobSearch(self._calls, queues, tasks, self._functions, self._instances)
         self._logs = JobLogs(self._calls, self._search, log_group)
         self._infos = JobInfos(
             self._calls, self._search, log_group=log_group, prices=prices, child_calls=child_calls
@@ -170,6 +180,10 @@ class AsyncMonitor:
             )
         if any(is_task_id(job.id) for job in infos):
             notes.append("Amazon ECS remembers tasks for about an hour after they ended")
+        if any(is_invocation_id(job.id) for job in infos):
+            notes.append("workers on AWS Lambda are those of the last day that the log tells of")
+        if any(is_instance_id(job.id) for job in infos):
+            notes.append("Amazon EC2 remembers instances for about an hour after they ended")
         if any(job.spot for job in infos):
             notes.append(
                 f"Spot is taken to cost {table.spot_factor:.0%} of the list price; it varies"
@@ -260,7 +274,11 @@ class AsyncMonitor:
         return ids
 
     async def _stop(self, job: JobInfo, reason: str) -> None:
-        if is_task_id(job.id):
+        if is_invocation_id(job.id):
+            await self._functions.stop(job.queue)
+        elif is_instance_id(job.id):
+            await self._instances.stop(job.id)
+        elif is_task_id(job.id):
             await self._calls.call(
                 "ecs", "stop_task", cluster=job.queue, task=job.id, reason=reason
             )

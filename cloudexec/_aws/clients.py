@@ -52,6 +52,8 @@ _SECRET = frozenset(
         ("ecs", "RunTask"),
         ("ecs", "DescribeTasks"),
         ("ecs", "StopTask"),
+        # Its event has the key of a worker.
+        ("lambda", "Invoke"),
     }
 )
 """Calls whose requests or answers hold a worker's key, which the SDK's debug log would show."""
@@ -267,13 +269,28 @@ class AwsClients:
         """
         client = await self.client(service, region=region, once=once)
         name: str = client.meta.method_to_api_mapping[operation]
+        with self.observed(service, name, parameters, client):
+            response = await getattr(client, operation)(**parameters)
+        response.pop("ResponseMetadata", None)
+        return response
+
+    @contextlib.contextmanager
+    def observed(
+        self, service: str, name: str, parameters: Mapping[str, Any], client: Any
+    ) -> Iterator[None]:
+        """Record a call that is made in this block, and translate its errors; see ``call``.
+
+        Args:
+            service: As for ``call``.
+            name: Of the operation, as the API names it.
+            parameters: As for ``call``.
+            client: That makes the call.
+        """
         if self._recorder is not None:
             self._recorder(service, name, parameters)
         translating = translated(service, name, region=client.meta.region_name)
         with self._reviewing(client), translating, _discretion(service, name):
-            response = await getattr(client, operation)(**parameters)
-        response.pop("ResponseMetadata", None)
-        return response
+            yield
 
     async def pages(
         self, service: str, operation: str, key: str, /, **parameters: Any

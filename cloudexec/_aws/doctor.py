@@ -16,6 +16,8 @@ from urllib.parse import unquote
 from cloudexec._aws.address import advertised_address
 from cloudexec._aws.clients import AwsClients, is_region, known_regions
 from cloudexec._aws.diagnosis import mend_invalid
+from cloudexec._aws.doctor_ec2 import look_at_instances
+from cloudexec._aws.doctor_lambda import look_at_lambda
 from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.job_details import time_of_text
 from cloudexec._aws.names import TAG_EXPIRES, is_setup_name
@@ -124,6 +126,8 @@ async def examine(
         "queues": _queues,
         "compute environments": _environments,
         **({"cluster": _cluster} if profile.cluster else {}),
+        **({"AWS Lambda": _lambda} if profile.function_role else {}),
+        **({"instances": _instances} if profile.instance_profile else {}),
         "network": _network,
         "vCPU quota": _quota,
         "image": _image,
@@ -350,6 +354,18 @@ async def _cluster(examination: _Examination) -> Check:
         text = f"{shown} is not associated with FARGATE_SPOT, so Fargate(spot=True) cannot run"
         return Check(name=name, outcome="warning", found=text, remedy=remedy)
     return Check(name=name, outcome="ok", found=f"{shown}: ACTIVE, {', '.join(providers)}")
+
+
+async def _lambda(examination: _Examination) -> Check:
+    found, remedy = await look_at_lambda(examination.clients, examination.profile)
+    outcome: Outcome = "warning" if remedy else "ok"
+    return Check(name="AWS Lambda", outcome=outcome, found=found, remedy=remedy)
+
+
+async def _instances(examination: _Examination) -> Check:
+    found, remedy = await look_at_instances(examination.clients, examination.profile)
+    outcome: Outcome = "warning" if remedy else "ok"
+    return Check(name="instances", outcome=outcome, found=found, remedy=remedy)
 
 
 async def _overdue(examination: _Examination) -> list[str]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cloudexec._aws.instance_prices import assumed_price
 from cloudexec._aws.job_details import (
     Runs,
     arch_of,
@@ -31,7 +32,7 @@ from cloudexec._aws.job_details import (
     workers_of,
 )
 from cloudexec._aws.job_search import JobSearch
-from cloudexec._aws.limits import DESCRIBE_JOBS
+from cloudexec._aws.limits import DESCRIBE_JOBS, WorkerSize
 from cloudexec._aws.names import TAG_EXPIRES, TAG_PROJECT, TAG_USER
 from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.prices import PriceTable
@@ -39,6 +40,10 @@ from cloudexec._aws.records import ACTIVE, JobInfo
 from cloudexec._pricing import WorkerPrice
 
 __all__ = ["JobInfos"]
+
+
+_USUAL_DISK_GIB = 30
+"""Of an instance, which does not say how large its disk is."""
 
 
 class _Budget:
@@ -171,8 +176,8 @@ class JobInfos:
     ) -> tuple[WorkerPrice, str, bool]:
         """Return the price, the compute, and whether it is Spot."""
         compute, spot = self._search.compute_of(detail.get("jobQueue", ""))
-        if "spot" in detail:  # it is a task of Amazon ECS
-            compute, spot = "fargate", bool(detail["spot"])
+        if "spot" in detail:  # it is no job of AWS Batch
+            compute, spot = str(detail.get("compute", "fargate")), bool(detail["spot"])
         capabilities = (
             detail.get("platformCapabilities")
             or self._definition(detail).get("platformCapabilities")
@@ -182,6 +187,18 @@ class JobInfos:
             compute = "fargate" if "FARGATE" in capabilities else "ec2"
         vcpus, memory_mib = size_of(container)
         network = container.get("networkConfiguration", {})
+        if compute == "instance":
+            whole = assumed_price(
+                self.table(),
+                WorkerSize(vcpus=vcpus or 1, memory_mib=memory_mib or 1),
+                arch=arch_of(container),
+                spot=spot,
+                disk_gib=_USUAL_DISK_GIB,
+                public_ip=network.get("assignPublicIp") == "ENABLED",
+                region=self._calls.region,
+                instance_type=str(detail["instanceType"]),
+            )
+            return whole, compute, spot
         price = self.table().worker(
             vcpus=vcpus,
             memory_mib=memory_mib,

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cloudexec._aws.function_search import FunctionSearch, is_invocation_id
+from cloudexec._aws.instance_search import InstanceSearch, is_instance_id
 from cloudexec._aws.job_details import executor_of, first_worker, last_part, run_of
 from cloudexec._aws.limits import DESCRIBE_JOBS
 from cloudexec._aws.names import JOB_PREFIX, RUN_EXECUTOR, TAG_EXECUTOR, TAG_RUN
@@ -29,11 +31,23 @@ class JobSearch:
         calls: Calls to AWS.
         queues: Name or ARN of each queue by kind, as in a profile; empty: all of the region.
         tasks: Finds tasks of Amazon ECS, which count as jobs.
+        functions: Finds workers on AWS Lambda, which count as jobs.
+        instances: Finds EC2 instances that run workers, which count as jobs, too; ``None``: there
+            are none.
     """
 
-    def __init__(self, calls: PacedCalls, queues: Mapping[str, str], tasks: TaskSearch) -> None:
+    def __init__(
+        self,
+        calls: PacedCalls,
+        queues: Mapping[str, str],
+        tasks: TaskSearch,
+        functions: FunctionSearch | None = None,
+        instances: InstanceSearch | None = None,
+    ) -> None:
+        self._instances = instances or InstanceSearch(calls, log_group="", is_used=False)
         self._calls = calls
         self._tasks = tasks
+        self._functions = functions or FunctionSearch(calls, [])
         self._given = dict(queues)
         self._known_queues: dict[str, tuple[str, bool]] = {}
 
@@ -53,7 +67,12 @@ class JobSearch:
         )
         wanted = (*ACTIVE, *ENDED) if active is None else ACTIVE if active else ENDED
         ids = {each["jobId"]: None for jobs in listed for each in jobs if each["status"] in wanted}
-        found = [*await self.describe(list(ids)), *await self._tasks.jobs(name)]
+        found = [
+            *await self.describe(list(ids)),
+            *await self._tasks.jobs(name),
+            *await self._functions.jobs(name),
+            *await self._instances.jobs(name),
+        ]
         details = [each for each in found if executor_of(each)]
         if executor is not None:
             details = [each for each in details if executor_of(each) == executor]
@@ -108,13 +127,21 @@ class JobSearch:
 
     async def describe(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
         tasks = [each for each in ids if is_task_id(each)]
-        ids = [each for each in ids if not is_task_id(each)]
+        invocations = [each for each in ids if is_invocation_id(each)]
+        instances = [each for each in ids if is_instance_id(each)]
+        apart = {*tasks, *invocations, *instances}
+        ids = [each for each in ids if each not in apart]
         chunks = [ids[i : i + DESCRIBE_JOBS] for i in range(0, len(ids), DESCRIBE_JOBS)]
         answers = await asyncio.gather(
             *(self._calls.call("batch", "describe_jobs", jobs=list(chunk)) for chunk in chunks)
         )
         jobs = [each for answer in answers for each in answer["jobs"]]
-        return [*jobs, *await self._tasks.describe(tasks)]
+        others = (
+            *await self._tasks.describe(tasks),
+            *await self._functions.describe(invocations),
+            *await self._instances.describe(instances),
+        )
+        return [*jobs, *others]
 
     async def workers_of_run(self, name: str) -> list[Mapping[str, Any]]:
         """Return the descriptions of jobs that the executors of a run have submitted."""
@@ -135,7 +162,8 @@ class JobSearch:
         if name.startswith("arn:"):
             name = name.rpartition("/")[2]
         worker = _WORKER.fullmatch(name)
-        if _JOB_ID.fullmatch(name) or is_task_id(name):
+        are_apart = (is_task_id, is_invocation_id, is_instance_id)
+        if _JOB_ID.fullmatch(name) or any(fits(name) for fits in are_apart):
             return await self._by_id(name)
         if worker is not None:
             return await self._by_worker(worker["executor"], int(worker["number"]))

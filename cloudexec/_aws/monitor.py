@@ -66,6 +66,10 @@ class Monitor:
             clients,
             queues={} if profile is None else profile.queues,
             clusters=None if profile is None else list(filter(None, [profile.cluster])),
+            functions=(
+                None if profile is None else [profile.log_group] if profile.function_role else []
+            ),
+            instances=profile is None or bool(profile.instance_profile),
             public_ip=profile is None or profile.assign_public_ip,
             log_group="" if profile is None else profile.log_group,
         )

@@ -17,6 +17,7 @@ __all__ = [
     "RUN_EXECUTOR",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
+    "TAG_JOB",
     "TAG_PROJECT",
     "TAG_REGION",
     "TAG_RUN",
@@ -37,6 +38,8 @@ TAG_USER = "cloudexec:user"
 TAG_PROJECT = "cloudexec:project"
 TAG_EXPIRES = "cloudexec:expires"
 """The time at which the job's time limit ends it, in UTC, ISO 8601."""
+TAG_JOB = "cloudexec:job"
+"""Name of the job that an EC2 instance belongs to, where there is no AWS Batch."""
 TAG_RUN = "cloudexec:run"
 """The run's name, on jobs of executors in a program that ``cloudexec run`` has started."""
 TAG_STACK = "cloudexec:stack"

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from cloudexec._aws import policy_lambda
 from cloudexec._aws.names import DEFINITION_PREFIX, OBJECTS_PREFIX, TAG_STACK, partition_of
+from cloudexec._aws.policy_ec2 import OF_INSTANCES, OPERATIONS, PASSED_TO, SIDS, place_of
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
 
@@ -21,15 +23,23 @@ Resource: TypeAlias = Literal[
     "bucket",
     "cluster",
     "definition",
+    "function",
+    "function_role",
     "image",
+    "instance_parts",
+    "instance_role",
+    "instance_tags",
     "job",
     "log_group",
+    "new_instance",
     "object",
+    "own_instance",
     "own_task",
     "queue",
     "role",
     "secret",
     "stack",
+    "system_image",
     "task",
     "task_definition",
 ]
@@ -97,6 +107,7 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("batch", "GetJobQueueSnapshot"): _any("batch:GetJobQueueSnapshot"),
     ("batch", "ListJobs"): _any("batch:ListJobs"),
     ("logs", "DescribeLogGroups"): _any("logs:DescribeLogGroups"),
+    ("logs", "FilterLogEvents"): (Grant("logs:FilterLogEvents", "log_group"),),
     ("logs", "GetLogEvents"): (Grant("logs:GetLogEvents", "log_group"),),
     ("pricing", "GetProducts"): _any("pricing:GetProducts"),
     ("service-quotas", "ListServiceQuotas"): _any("servicequotas:ListServiceQuotas"),
@@ -124,6 +135,13 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
         _PASS_ROLE,
     ),
     ("ecs", "StopTask"): (Grant("ecs:StopTask", "own_task"),),
+    **{
+        ("ec2", operation): tuple(
+            Grant(action, kind, (PASSED_TO,) if kind == "instance_role" else ())  # type: ignore[arg-type]
+            for action, kind in grants
+        )
+        for operation, grants in OPERATIONS.items()
+    },
     ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
     # Letting workers connect.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
@@ -144,6 +162,13 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("ecr", "GetAuthorizationToken"): (*_any("ecr:GetAuthorizationToken"), *_PUSH),
     # This action needs no permission.
     ("sts", "GetCallerIdentity"): (),
+    **{
+        ("lambda", operation): tuple(
+            Grant(action, kind, (policy_lambda.PASSED_TO,) if kind == "function_role" else ())  # type: ignore[arg-type]
+            for action, kind in grants
+        )
+        for operation, grants in policy_lambda.OPERATIONS.items()
+    },
 }
 """Operation -> permissions that it needs. A test compares the table with the calls made."""
 _OF_CLUSTERS = frozenset(
@@ -173,8 +198,10 @@ def policy(profile: Profile | None = None, partition: str = "") -> dict[str, Any
     """
     calls = set(CALLS)
     if profile is not None:
-        # Commands without --profile list the clusters of the region even so.
+        # Commands without --profile list the clusters and functions of the region even so.
         calls -= set() if profile.cluster else _OF_CLUSTERS
+        calls -= set() if profile.function_role else policy_lambda.OF_FUNCTIONS
+        calls -= set() if profile.instance_profile else OF_INSTANCES
     return actions_for(calls, profile, partition)
 
 
@@ -234,6 +261,8 @@ _SIDS: dict[Resource, str] = {
     "bucket": "Bucket",
     "cluster": "Cluster",
     "definition": "JobDefinitions",
+    "function": "Functions",
+    "function_role": "FunctionRole",
     "image": "Images",
     "job": "Jobs",
     "log_group": "Logs",
@@ -245,6 +274,7 @@ _SIDS: dict[Resource, str] = {
     "stack": "Stack",
     "task": "Tasks",
     "task_definition": "TaskDefinitions",
+    **SIDS,  # type: ignore[dict-item]
 }
 
 
@@ -284,6 +314,12 @@ def _resources(
         case "role":
             roles = [profile.execution_role, profile.job_role, profile.run_role] if profile else []
             return sorted(filter(None, roles)) or [arn("iam", "role/cloudexec-*")], {}
+        case "function":
+            stack = (profile.stack if profile else "") or "cloudexec"
+            return [arn("lambda", f"function:{stack}-*")], {}
+        case "function_role":
+            found = profile.function_role if profile else ""
+            return [found or arn("iam", "role/cloudexec-*")], {}
         case "secret":
             if profile and profile.key_secret:
                 return [profile.key_secret], {}
@@ -310,8 +346,10 @@ def _resources(
             return [arn("ecs", f"task/{cluster.rpartition('/')[2]}/*")], {}
         case "task_definition":
             return [arn("ecs", f"task-definition/{DEFINITION_PREFIX}*:*")], {}
-        case _:
+        case "any":
             return ["*"], {}
+        case _:
+            return place_of(resource, profile, place)
 
 
 def _place(profile: Profile | None, partition: str) -> tuple[str, str, str]:

@@ -7,11 +7,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloudexec._aws.function_prices import FunctionPrices
 from cloudexec._aws.profile import profile_directory
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._pricing import WorkerPrice
@@ -24,6 +25,7 @@ __all__ = [
     "InstancePrice",
     "PriceTable",
     "format_usd",
+    "price_of_instance",
     "refresh",
 ]
 
@@ -86,6 +88,8 @@ class PriceTable:
     """USD for the public address of a worker, if it has one."""
     instances: Mapping[str, InstancePrice] = field(default_factory=lambda: dict(_INSTANCES))
     """Prices on EC2, by instance type."""
+    functions: FunctionPrices = field(default_factory=FunctionPrices)
+    """Prices on AWS Lambda."""
 
     @classmethod
     def built_in(cls) -> PriceTable:
@@ -133,10 +137,11 @@ class PriceTable:
             memory_mib: MiB that the worker requests.
             gpus: GPUs that the worker requests, on EC2.
             arch: ``"x86_64"`` or ``"arm64"``.
-            compute: ``"fargate"`` or ``"ec2"``. A job on EC2 is priced as a share of the cheapest
-                instance type for it, as if other jobs used the rest.
+            compute: ``"fargate"``, ``"ec2"`` or ``"lambda"``. A job on EC2 is priced as a share of
+                the cheapest instance type for it, as if other jobs used the rest.
             spot: Whether the worker runs on spare capacity.
-            ephemeral_gib: Disk of the worker on Fargate; ``None``: the usual 20.
+            ephemeral_gib: Disk of the worker on Fargate or Lambda; ``None``: what is free of
+                charge.
             public_ip: Whether the worker has a public IPv4 address.
             region: Region of the worker; empty: the table's region.
 
@@ -145,6 +150,14 @@ class PriceTable:
         """
         if arch not in _ARCHITECTURES:
             raise ConfigError(f"arch must be one of {', '.join(_ARCHITECTURES)}, not {arch!r}")
+        if compute == "lambda":
+            return self.functions.worker(
+                memory_mib=memory_mib,
+                arch=arch,
+                disk_gib=ephemeral_gib,
+                assumed=bool(region) and region != self.region,
+                table=str(self),
+            )
         if compute == "fargate":
             hourly = (
                 vcpus * self.vcpu_hour[arch] + memory_mib / _MIB_PER_GB * self.gb_hour[arch]
@@ -156,7 +169,7 @@ class PriceTable:
             hourly, address_share = self._share(vcpus, memory_mib, gpus, arch)
             hourly *= self.spot_factor if spot else 1.0
         else:
-            raise ConfigError(f"compute must be 'fargate' or 'ec2', not {compute!r}")
+            raise ConfigError(f"compute must be 'fargate', 'ec2' or 'lambda', not {compute!r}")
         if public_ip:
             hourly += address_share * self.public_ipv4_hour
         return WorkerPrice(
@@ -213,12 +226,16 @@ async def refresh(clients: AwsClients, *, keep: bool = True) -> PriceTable:
     try:
         # This call is made alone, so that a missing permission is reported only once.
         fargate = await _products(clients, "AmazonECS", {})
+        functions = await _products(clients, "AWSLambda", {})
         instances = await asyncio.gather(
             *(_products(clients, "AmazonEC2", _instance_filters(each)) for each in _INSTANCES)
         )
     except AwsError as exc:
         return replace(known, note=" ".join(f"prices could not be refreshed: {exc}".split()))
     learned = _learned(clients.region, fargate, dict(zip(_INSTANCES, instances, strict=True)))
+    if learned is not None:
+        prices = {_usage(each): price for each in functions if (price := _on_demand(each))}
+        learned = replace(learned, functions=FunctionPrices.learned(prices))
     if learned is None:
         return replace(known, note=f"the price list has no Fargate prices for {clients.region}")
     if keep:
@@ -227,6 +244,18 @@ async def refresh(clients: AwsClients, *, keep: bool = True) -> PriceTable:
         except OSError as exc:
             return replace(learned, note=f"prices could not be kept: {exc}")
     return learned
+
+
+async def price_of_instance(clients: AwsClients, instance_type: str) -> float | None:
+    """Return the list price of an instance type in the clients' region, in USD per hour.
+
+    ``None``: the price list has none.
+
+    Raises:
+        AwsError: If AWS refuses, or cannot be reached.
+    """
+    products = await _products(clients, "AmazonEC2", _instance_filters(instance_type))
+    return min((price for each in products if (price := _on_demand(each))), default=None)
 
 
 def _instance_filters(instance_type: str) -> dict[str, str]:
@@ -310,6 +339,10 @@ def _learned(
     )
 
 
+def _usage(product: Mapping[str, Any]) -> str:
+    return str(product["product"]["attributes"].get("usagetype", ""))
+
+
 def _on_demand(product: Mapping[str, Any]) -> float | None:
     """Return the price above zero, as a product may have a free tier besides."""
     prices = [
@@ -335,6 +368,7 @@ def _write(table: PriceTable) -> dict[str, Any]:
         "gb_hour": dict(table.gb_hour),
         "ephemeral_gb_hour": table.ephemeral_gb_hour,
         "instances": {name: each.per_hour for name, each in table.instances.items()},
+        "functions": asdict(table.functions),
     }
 
 
@@ -351,6 +385,7 @@ def _read(data: Mapping[str, Any]) -> PriceTable:
             for name, per_hour in data["instances"].items()
             if name in _INSTANCES
         },
+        functions=FunctionPrices(**data.get("functions", {})),
     )
 
 

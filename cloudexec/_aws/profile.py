@@ -58,6 +58,12 @@ class Profile:
     cluster: str = ""
     """ARN or name of the cluster of Amazon ECS in which ``Fargate`` runs workers; empty: the stack
     has none."""
+    function_role: str = ""
+    """ARN of the role of functions in which ``Lambda`` runs workers; empty: the stack has none."""
+    instance_profile: str = ""
+    """ARN of the profile that the instances of ``EC2`` have; empty: the stack has none."""
+    instance_role: str = ""
+    """ARN of its role, which pulls the image, reads the key and writes the log."""
     relay: str = ""
     """Default of a launcher's ``relay=``. It is ``"auto"`` if workers could not reach this machine
     when the profile was written."""

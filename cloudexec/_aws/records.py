@@ -98,7 +98,7 @@ class JobInfo(Record):
     """MiB of one worker."""
     arch: str
     compute: str
-    """``"fargate"`` or ``"ec2"``."""
+    """``"fargate"``, ``"ec2"`` or ``"lambda"``."""
     spot: bool
     created_at: datetime
     started_at: datetime | None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.functions import functions_of_stack
 from cloudexec._aws.names import TAG_REGION, TAG_STACK
 from cloudexec._aws.stack import find_stack
 from cloudexec._aws.steps import Noted, Report
@@ -21,6 +22,7 @@ _TYPES_SEEN_DIRECTLY = (
     "ecr",
     "ecs",
     "iam",
+    "lambda",
     "logs",
     "s3",
     "secretsmanager",
@@ -71,6 +73,7 @@ async def find_remnants(
         "job definition": _left_definitions,
         "cluster": _left_cluster,
         "task definition": _left_task_definitions,
+        "function": functions_of_stack,
         "bucket": _left_buckets,
         "repository": _left_repositories,
         "log group": _left_log_groups,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cloudexec._aws import template_ec2
 from cloudexec._aws.address import advertised_address, vpcs_of_this_machine
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import mend_invalid
@@ -20,6 +21,7 @@ from cloudexec._aws.relays import AUTO, lacks_for_relay, relay_price
 from cloudexec._aws.requests import check_tags
 from cloudexec._aws.stack import STANDING, Stack, event_ids, find_stack, follow, stack_failure
 from cloudexec._aws.steps import Noted, Report, counted, stepping
+from cloudexec._aws.teardown_ec2 import check_no_instances
 from cloudexec._aws.template import LOG_RETENTION_DAYS, TEMPLATE_VERSION, template
 from cloudexec._errors import AwsError, ConfigError
 
@@ -35,7 +37,7 @@ _QUEUES = {
     "ec2": "Ec2Queue",
     "ec2_spot": "Ec2SpotQueue",
 }
-_PARAMETERS = {"fargate": "Fargate"}
+_PARAMETERS = {"fargate": "Fargate", "ec2": template_ec2.PARAMETER, "lambda": "Lambda"}
 """By launcher: the template's parameter that adds the launcher's resources to the stack."""
 _NEEDED_OUTPUTS = ("FargateQueue", "ExecutionRole", "JobRole", "KeySecret", "LogGroup", "Version")
 _POLICY = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}|aws):policy/[\w+=,.@/-]+")
@@ -57,8 +59,8 @@ class SetupOptions:
     ec2: bool | None = None
     """Whether there are queues for EC2 instances, too."""
     launchers: tuple[str, ...] | None = None
-    """Launchers for which the stack has resources: ``"fargate"``. It always has those for
-    ``"batch"``."""
+    """Launchers for which the stack has resources: ``"fargate"``, ``"ec2"`` and ``"lambda"``. It
+    always has those for ``"batch"``."""
     public_ip: bool | None = None
     """Whether workers get public addresses. For a new stack or a changed network, the default is
     yes if there are subnets with an internet gateway."""
@@ -340,6 +342,8 @@ async def _update(
     given = _parameters(options)
     if given.get("Fargate") == "false" and (cluster := stack.outputs.get("Cluster")):
         await _check_unused(clients, cluster)
+    if given.get(template_ec2.PARAMETER) == "false" and stack.outputs.get("WorkerProfile"):
+        await check_no_instances(clients, stack.name)
     if options.vpc or options.subnets or options.public_ip is not None:
         given |= await _network(clients, options, report, stack)
     body = template()
@@ -535,6 +539,9 @@ def _profile(region: str, stack: Stack, options: SetupOptions, earlier: Profile 
         images=base.images if base.repository in ("", repository) else {},
         security_group=outputs.get("SecurityGroup", ""),
         cluster=outputs.get("Cluster", ""),
+        function_role=outputs.get("FunctionRole", ""),
+        instance_profile=outputs.get("WorkerProfile", ""),
+        instance_role=outputs.get("WorkerRole", ""),
         vpc=outputs.get("Vpc", ""),
         subnets=tuple(filter(None, outputs.get("Subnets", "").split(","))),
         assign_public_ip=outputs.get("AssignPublicIp", "ENABLED") == "ENABLED",

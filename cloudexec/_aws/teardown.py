@@ -27,6 +27,8 @@ from cloudexec._aws.task_definitions import (
     task_definitions,
 )
 from cloudexec._aws.task_requests import DESCRIBE_TASKS
+from cloudexec._aws.teardown_ec2 import active_instances, delete_instances
+from cloudexec._aws.teardown_lambda import delete_functions
 from cloudexec._errors import AwsError, ConfigError
 
 __all__ = ["Stock", "down", "take_stock"]
@@ -50,7 +52,8 @@ class Stock:
 
     stack: Stack | None
     jobs: int
-    """Number of jobs that have not ended, where an array counts once, and tasks without a job."""
+    """Number of jobs that have not ended, where an array counts once, and of tasks and instances
+    without a job."""
     runs: tuple[str, ...]
     """Names of running programs that ``cloudexec run`` has started."""
     objects: int
@@ -82,6 +85,7 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     tasks: set[str] = set()
     for cluster in resources.get("AWS::ECS::Cluster", ()):
         tasks |= await _active_tasks(clients, cluster)
+    tasks |= await active_instances(clients, stack_name(name))
     objects, has_more = 0, False
     for bucket in resources.get("AWS::S3::Bucket", ()):
         try:
@@ -166,12 +170,14 @@ async def down(
         if running:
             text = f"{counted(running, 'task')} still ending after {jobs_end_within:.0f} s"
             report(Noted(text=f"{text}: going on"))
+    await delete_instances(clients, stack_of, report, interval, jobs_end_within)
     roles = resources.get("AWS::IAM::Role", ())
     with stepping(report, "Job definitions") as step:
         arns = [each async for each in _definitions(clients, stack_of, roles)]
         for arn in arns:
             await clients.call("batch", "deregister_job_definition", jobDefinition=arn)
         step.found = f"{len(arns):,} deregistered" if arns else "there was none"
+    await delete_functions(clients, stack_of, roles, report)
     of_tasks, refusal = await _task_definitions(clients, stack_of, roles)
     if refusal:
         report(Noted(text=f"task definitions could not be looked for: {refusal}"))
@@ -190,8 +196,10 @@ async def down(
     if stack is None:
         _delete_profile(name, stack_of, clients.region, report)
     with stepping(report, "Looking for what is left") as step:
-        # If the stack has no cluster, the user may lack the permissions for Amazon ECS.
-        doubtful = () if resources.get("AWS::ECS::Cluster") else ("cluster", "task definition")
+        # If the stack has no cluster or role for it, the user may lack the permissions for Amazon
+        # ECS or AWS Lambda.
+        doubtful = ["function"]
+        doubtful += [] if resources.get("AWS::ECS::Cluster") else ["cluster", "task definition"]
         remnants = await find_remnants(clients, stack_of, report, doubtful=doubtful)
         step.found = f"{counted(len(remnants), 'thing')}" if remnants else "nothing"
     return remnants

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cloudexec._aws import template_ec2
 from cloudexec._aws.names import (
     DEFINITION_PREFIX,
     OBJECTS_PREFIX,
@@ -12,6 +13,9 @@ from cloudexec._aws.names import (
     TAG_REGION,
     TAG_STACK,
 )
+from cloudexec._aws.template_lambda import OUTPUT as LAMBDA_OUTPUT
+from cloudexec._aws.template_lambda import PARAMETER as LAMBDA_PARAMETER
+from cloudexec._aws.template_lambda import function_role, repository_policy
 from cloudexec._aws.template_tasks import task_statements
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
@@ -32,6 +36,13 @@ _BOUNDARY = {
 }
 
 Json = dict[str, Any]
+
+_DATA: Json = {
+    "Effect": "Allow",
+    "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"],
+    "Resource": {"Fn::Sub": "${Bucket.Arn}/" + DATA_PREFIX + "*"},
+}
+"""What every role of tasks may do."""
 
 
 def template() -> Json:
@@ -58,7 +69,13 @@ def template() -> Json:
                     },
                     {
                         "Label": {"default": "Capacity"},
-                        "Parameters": ["MaxVcpus", "Ec2", "Fargate"],
+                        "Parameters": [
+                            "MaxVcpus",
+                            "Ec2",
+                            "Fargate",
+                            template_ec2.PARAMETER,
+                            "Lambda",
+                        ],
                     },
                     {
                         "Label": {"default": "Retention"},
@@ -71,6 +88,8 @@ def template() -> Json:
         "Conditions": {
             "Ec2": {"Fn::Equals": [{"Ref": "Ec2"}, "true"]},
             "Fargate": {"Fn::Equals": [{"Ref": "Fargate"}, "true"]},
+            "Lambda": {"Fn::Equals": [{"Ref": "Lambda"}, "true"]},
+            template_ec2.PARAMETER: {"Fn::Equals": [{"Ref": template_ec2.PARAMETER}, "true"]},
             "Bounded": {"Fn::Not": [{"Fn::Equals": [{"Ref": "PermissionsBoundary"}, ""]}]},
         },
         "Resources": {
@@ -82,6 +101,13 @@ def template() -> Json:
             **_relays(),
             **_ec2(),
             **_cluster(),
+            **function_role(_BOUNDARY, _tags(anywhere=True), _DATA),
+            **template_ec2.resources(
+                boundary=_BOUNDARY,
+                trust=_trust("ec2.amazonaws.com"),
+                start_policy=_start_policy(),
+                tags=_tags(anywhere=True),
+            ),
         },
         "Outputs": _outputs(),
     }
@@ -135,6 +161,8 @@ def _parameters() -> Json:
             "Default": "false",
             "Description": "Whether there is a cluster for tasks on Fargate without AWS Batch too.",
         },
+        "Lambda": LAMBDA_PARAMETER,
+        **template_ec2.PARAMETERS,
         "LogRetentionDays": {
             "Type": "Number",
             "AllowedValues": list(LOG_RETENTION_DAYS),
@@ -228,6 +256,7 @@ def _storage() -> Json:
             "Properties": {
                 "RepositoryName": _STACK,
                 "ImageScanningConfiguration": {"ScanOnPush": True},
+                **repository_policy(),
                 # There is no lifecycle policy, because profiles on any machine may refer to an
                 # image by its digest, and the stack does not know them.
                 "Tags": _tags(),
@@ -260,16 +289,7 @@ def _roles() -> Json:
                 **_BOUNDARY,
                 "Description": "What tasks may do",
                 "AssumeRolePolicyDocument": _trust_tasks(),
-                "Policies": [
-                    _policy(
-                        "data",
-                        {
-                            "Effect": "Allow",
-                            "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"],
-                            "Resource": {"Fn::Sub": "${Bucket.Arn}/" + DATA_PREFIX + "*"},
-                        },
-                    )
-                ],
+                "Policies": [_policy("data", _DATA)],
                 "Tags": _tags(anywhere=True),
             },
         },
@@ -279,40 +299,43 @@ def _roles() -> Json:
                 **_BOUNDARY,
                 "Description": "Starts workers: pulls the image, reads the key, writes the log",
                 "AssumeRolePolicyDocument": _trust_tasks(),
-                "Policies": [
-                    _policy(
-                        "start",
-                        {
-                            # AWS does not restrict this action to resources.
-                            "Effect": "Allow",
-                            "Action": "ecr:GetAuthorizationToken",
-                            "Resource": "*",
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": [
-                                "ecr:BatchCheckLayerAvailability",
-                                "ecr:BatchGetImage",
-                                "ecr:GetDownloadUrlForLayer",
-                            ],
-                            "Resource": {"Fn::GetAtt": ["Repository", "Arn"]},
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
-                            "Resource": {"Fn::GetAtt": ["LogGroup", "Arn"]},
-                        },
-                        {
-                            "Effect": "Allow",
-                            "Action": "secretsmanager:GetSecretValue",
-                            "Resource": {"Ref": "KeySecret"},
-                        },
-                    )
-                ],
+                "Policies": [_start_policy()],
                 "Tags": _tags(anywhere=True),
             },
         },
     }
+
+
+def _start_policy() -> Json:
+    """Return what starting a worker needs."""
+    return _policy(
+        "start",
+        {
+            # AWS does not restrict this action to resources.
+            "Effect": "Allow",
+            "Action": "ecr:GetAuthorizationToken",
+            "Resource": "*",
+        },
+        {
+            "Effect": "Allow",
+            "Action": [
+                "ecr:BatchCheckLayerAvailability",
+                "ecr:BatchGetImage",
+                "ecr:GetDownloadUrlForLayer",
+            ],
+            "Resource": {"Fn::GetAtt": ["Repository", "Arn"]},
+        },
+        {
+            "Effect": "Allow",
+            "Action": ["logs:CreateLogStream", "logs:PutLogEvents"],
+            "Resource": {"Fn::GetAtt": ["LogGroup", "Arn"]},
+        },
+        {
+            "Effect": "Allow",
+            "Action": "secretsmanager:GetSecretValue",
+            "Resource": {"Ref": "KeySecret"},
+        },
+    )
 
 
 def _run_role() -> Json:
@@ -537,6 +560,8 @@ def _outputs() -> Json:
         "Ec2Queue": ("Ec2", "Queue of EC2 workers", reference("Ec2Queue")),
         "Ec2SpotQueue": ("Ec2", "Queue of EC2 Spot workers", reference("Ec2SpotQueue")),
         "Cluster": ("Fargate", "Cluster of tasks on Fargate", attribute("Cluster", "Arn")),
+        "FunctionRole": LAMBDA_OUTPUT,
+        **template_ec2.OUTPUTS,
     }
     return {
         **{key: {"Description": text, "Value": value} for key, (text, value) in always.items()},

@@ -422,6 +422,18 @@ class Launcher(Protocol):
         """Return the key of a launch; ``None`` if it has the executor's key."""
         return None
 
+    def launch_of(self, first: str, worker_id: str) -> str:
+        """Return the launch of a worker that knows only what its platform calls it.
+
+        Args:
+            first: The first launch of its job.
+            worker_id: What the platform calls the worker.
+
+        Returns:
+            The launch; empty: it is not known yet, and the worker is to come again.
+        """
+        return first
+
     def connected(self, launch_id: str, arrival: Arrival) -> None:
         """Record that a worker has connected."""
         return

@@ -369,6 +369,11 @@ class Fallback(Launcher):
         own = candidate.launcher.key_of(launch_id)
         return own or (candidate.network.key if candidate.network is not None else None) or None
 
+    def launch_of(self, first: str, worker_id: str) -> str:
+        """Return the launch of a worker that knows only what its platform calls it."""
+        worker = self._workers.get(first)
+        return first if worker is None else worker.candidate.launcher.launch_of(first, worker_id)
+
     def connected(self, launch_id: str, arrival: Arrival) -> None:
         """Record that a worker has connected."""
         worker = self._workers[launch_id]

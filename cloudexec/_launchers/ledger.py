@@ -100,7 +100,7 @@ class Job:
 
     def worker_id(self, member: Member) -> str:
         """Return what the platform calls a worker."""
-        if member.index < len(self.worker_ids):
+        if member.index < len(self.worker_ids) and self.worker_ids[member.index]:
             return self.worker_ids[member.index]
         return self.id if len(self.members) == 1 else f"{self.id}:{member.index}"
 
@@ -108,7 +108,9 @@ class Job:
         """Return the target for a request to end these workers."""
         whole = len(members) == len(self.members)
         return Target(
-            job_id=self.id, workers=None if whole else [member.index for member in members]
+            job_id=self.id,
+            workers=None if whole else [member.index for member in members],
+            worker_ids=self.worker_ids,
         )
 
     def taken(self, submitted: Submitted) -> None:
@@ -157,6 +159,25 @@ class Ledger:
     def job_of(self, launch_id: str) -> Job | None:
         """Return the job of a worker; ``None`` if the launch id is not known."""
         return self._job_of.get(launch_id)
+
+    def launch_of(self, first: str, worker_id: str) -> str:
+        """Return the launch of a worker that knows only what the platform calls it.
+
+        Args:
+            first: The first launch of its job.
+            worker_id: What the platform calls the worker.
+
+        Returns:
+            The launch; empty: the platform has not said yet which of the job's workers it is.
+        """
+        job = self._job_of.get(first)
+        if job is None or job.over:
+            return first
+        if worker_id not in job.worker_ids:
+            return ""
+        index = job.worker_ids.index(worker_id)
+        found = (launch for launch, member in job.members.items() if member.index == index)
+        return next(found, first)
 
     def alive(self) -> list[Job]:
         """Return the jobs that the platform has accepted and that have workers left."""

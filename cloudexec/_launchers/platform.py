@@ -187,11 +187,17 @@ class JobStatus:
         counts: Number of workers in each phase. By default, ``workers`` is counted, which then
             must contain all workers.
         reason: What the platform says of the job while it waits.
+        worker_ids: What the platform calls each worker, by index, if it knows more of them than
+            ``Submitted`` said; empty: nothing new. A worker without a name yet has an empty one.
+        price: What each of its workers costs on average, if that depends on the machines that they
+            were given; ``None``: as ``Platform.price`` says.
     """
 
     workers: Mapping[int, WorkerStatus] = field(default_factory=dict)
     counts: Mapping[Phase, int] = field(default_factory=dict)
     reason: str = ""
+    worker_ids: Sequence[str] = ()
+    price: WorkerPrice | None = None
 
     def __post_init__(self) -> None:
         if not self.counts:
@@ -212,6 +218,8 @@ class Inspection:
         wanted: Indexes of workers whose status must be looked up.
         survey: Whether a process takes the job over from one that was killed: the phase of every
             worker is wanted, and of none why it ended.
+        worker_ids: What the platform calls each worker, by index, as ``Submitted`` or ``JobStatus``
+            said last, maybe to an earlier process.
     """
 
     job_id: str
@@ -221,6 +229,7 @@ class Inspection:
     known_ends: Mapping[int, int] = field(default_factory=dict)
     wanted: Sequence[int] = ()
     survey: bool = False
+    worker_ids: Sequence[str] = ()
 
     def asks_why(self, index: int, ends: int, *, over: bool) -> bool:
         """Return whether the executor needs the cause of the end of a worker's last run.
@@ -242,10 +251,12 @@ class Target:
     Attributes:
         job_id: The platform's id for the job.
         workers: Some of its workers, by index; ``None``: all of it.
+        worker_ids: As in ``Inspection``.
     """
 
     job_id: str
     workers: Sequence[int] | None = None
+    worker_ids: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -214,6 +214,10 @@ class PlatformLauncher(Launcher):
         """Return the key of the worker's job; ``None`` if it has the key of the site."""
         return self._running.key_of(launch_id)
 
+    def launch_of(self, first: str, worker_id: str) -> str:
+        """Return the launch of a worker that knows only what its platform calls it."""
+        return self._running.ledger.launch_of(first, worker_id)
+
     def connected(self, launch_id: str, arrival: Arrival) -> None:
         """Record that a worker has connected."""
         self._running.connected(launch_id, arrival)

@@ -17,7 +17,9 @@ GROUP = "cloudexec.launchers"
 """The group of entry points under which packages register launchers."""
 _OWN = {
     "batch": "cloudexec._launchers.batch:Batch",
+    "ec2": "cloudexec._launchers.ec2:EC2",
     "fargate": "cloudexec._launchers.fargate:Fargate",
+    "lambda": "cloudexec._launchers.lambda_:Lambda",
     "local": "cloudexec._launchers.local:Local",
 }
 
@@ -40,8 +42,9 @@ def launcher_named(name: str, where: str = "") -> Launcher:
     """Make a launcher with its default settings.
 
     Args:
-        name: ``"local"``, ``"batch"``, ``"fargate"``, or a name that an installed package
-            registers.
+        name: ``"local"``, ``"batch"``, ``"fargate"``, ``"ec2"``, ``"lambda"``, or a name that an
+            installed package registers.
+            package registers.
         where: Who gave the name, for messages.
 
     Raises:

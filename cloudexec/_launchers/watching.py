@@ -161,6 +161,8 @@ class Watcher:
                 continue
             known[job.first] = status
             job.counts, job.reason = status.counts, status.reason
+            job.worker_ids = tuple(status.worker_ids) or job.worker_ids
+            job.price = status.price or job.price
             job.note_begun()
             by_index = {member.index: launch_id for launch_id, member in job.members.items()}
             for index, worker in status.workers.items():
@@ -182,6 +184,7 @@ class Watcher:
             known_ends={m.index: m.attempts for m in members if m.attempts},
             wanted=wanted,
             survey=survey,
+            worker_ids=job.worker_ids,
         )
 
     def _take(self, job: Job, launch_id: str, status: WorkerStatus, *, late: bool) -> None:

@@ -87,6 +87,14 @@ def error_of(worker: str, task: Task, failure: Failure, more_memory: str = "") -
             attempts=1,
             output=detail.output,
         )
+    if failure.kind is FailureKind.TIMED_OUT and detail.message:
+        return TaskTimeoutError(
+            f"{who} ran for all the time that {worker} had, {detail.seconds:.3g} s, and was "
+            f"killed: {detail.message[:300]}",
+            worker_id=worker,
+            seconds=detail.seconds,
+            output=detail.output,
+        )
     if failure.kind is FailureKind.TIMED_OUT:
         return TaskTimeoutError(
             f"{who} ran past its timeout{_timeout_of(task)} on {worker}; killed after "

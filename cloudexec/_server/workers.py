@@ -61,6 +61,16 @@ class Workers:
         """Return the key that the worker of a launch must know."""
         return self._launcher.key_of(identity) or self._engine.key
 
+    def launch_of(self, identity: str) -> str:
+        """Return the launch that a worker says it is; empty: it is not known yet which that is.
+
+        A worker that its platform starts together with others, and that cannot be told its number
+        among them, says ``launch@name``: the first launch of its job, and what the platform calls
+        it.
+        """
+        first, at, name = identity.partition("@")
+        return self._launcher.launch_of(first, name) if at else identity
+
     def pid_of(self, identity: str) -> int:
         """Return the id of the process that was started for a launch; 0 if it is not known."""
         return self._launcher.pid_of(self._engine.executor_id, identity)

@@ -57,8 +57,9 @@ def stop_command(
     JOB may be the name of a run of `cloudexec run`: this also stops the workers of executors in the
     run. If the run is still being prepared and has no job, it never gets one.
 
-    Workers receive SIGTERM and have 30 seconds to end. An executor that still runs may start new
-    workers: end it on its own machine, or stop its jobs again.
+    Workers receive SIGTERM and have 30 seconds to end. Those on AWS Lambda run on for up to 15
+    minutes, as nothing can end them, but no further ones start. An executor that still runs may
+    start new workers elsewhere: end it on its own machine, or stop its jobs again.
     """
     from cloudexec._aws.monitor import Monitor
     from cloudexec.cli.jobs import show_jobs
@@ -112,6 +113,12 @@ def stop_command(
                 click.echo(f"stopped {_title(job)}")
         for name in unlisted:
             click.echo(f"stopped the run {name}")
+        if any(job.compute == "lambda" and job.id in stopped for job in jobs):
+            click.echo(
+                "No more workers start on AWS Lambda, which has no way to end those that run: they "
+                "end with their program, or alone, after 15 minutes at most.",
+                err=True,
+            )
 
 
 def _question(jobs: Sequence[JobInfo]) -> str:

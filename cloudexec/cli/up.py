@@ -71,8 +71,9 @@ Exit codes:
     "--with",
     "launchers",
     metavar="LIST",
-    help="Launchers that can use the stack, with commas between: batch, which always can, and "
-    "fargate, which needs a cluster of Amazon ECS in the stack; at first batch.",
+    help="Launchers that can use the stack, with commas between: batch, which always can, fargate, "
+    "which needs a cluster of Amazon ECS in the stack, ec2, which needs a role of instances in it, "
+    "and lambda, which needs a role of functions there; at first batch.",
 )
 @click.option(
     "--public-ip/--no-public-ip",
@@ -197,7 +198,10 @@ def up_command(
             )
             return INTERRUPTED
         cluster = f", cluster {profile.cluster.rpartition('/')[2]}" if profile.cluster else ""
-        steps.say(f"Ready: profile {profile.name}, queues {', '.join(profile.queues)}{cluster}.")
+        instances = ", role of instances" if profile.instance_profile else ""
+        functions = ", functions of AWS Lambda" if profile.function_role else ""
+        what = f"queues {', '.join(profile.queues)}{cluster}{instances}{functions}"
+        steps.say(f"Ready: profile {profile.name}, {what}.")
         option = "" if name == "default" else f" --profile {name}"
         steps.say(f"Next: `cloudexec doctor{option}`.")
     return 0

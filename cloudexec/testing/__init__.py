@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cloudexec.testing._aws.fake import FakeAWS
     from cloudexec.testing._aws.faults import Faults
-    from cloudexec.testing._aws.records import AttemptRecord, JobRecord, Request, Setup
+    from cloudexec.testing._aws.records import (
+        AttemptRecord,
+        InstanceRecord,
+        JobRecord,
+        Request,
+        Setup,
+    )
     from cloudexec.testing._conformance import check_launcher
     from cloudexec.testing._manual import ManualLaunch, ManualLauncher
     from cloudexec.testing._platform_trial import LauncherCheckError
@@ -25,6 +31,7 @@ __all__ = [
     "AttemptRecord",
     "FakeAWS",
     "Faults",
+    "InstanceRecord",
     "JobRecord",
     "LauncherCheckError",
     "ManualLaunch",
@@ -41,6 +48,7 @@ _LAZY = {
     "AttemptRecord": "_aws.records",
     "FakeAWS": "_aws.fake",
     "Faults": "_aws.faults",
+    "InstanceRecord": "_aws.records",
     "JobRecord": "_aws.records",
     "LauncherCheckError": "_platform_trial",
     "ManualLaunch": "_manual",

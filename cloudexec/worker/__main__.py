@@ -10,7 +10,8 @@ launched together. To that, the worker adds its own number among them: see ``pla
 ``_LIFETIME`` seconds the worker ends, whatever it does.
 
 With ``CLOUDEXEC_RELAY_PORT`` this process is a relay, and no worker: see ``relay``. With
-``CLOUDEXEC_RUN_AT`` it runs a program of ``cloudexec run``.
+``CLOUDEXEC_RUN_AT`` it runs a program of ``cloudexec run``. In a function of AWS Lambda it runs a
+worker for each invocation: see ``function``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
 from cloudexec._runs.protocol import RUN_VARIABLE
 from cloudexec.worker.client import Client
-from cloudexec.worker.platform import OWN_VARIABLES, ask_metadata, find_place
+from cloudexec.worker.platform import API_VARIABLE, OWN_VARIABLES, ask_metadata, find_place
 from cloudexec.worker.relay import PORT_VARIABLE, run_as_relay
 
 __all__ = ["EXIT_NO_CLIENT", "EXIT_RECLAIMED", "EXIT_REFUSED", "main"]
@@ -44,6 +45,9 @@ elsewhere, which AWS Batch does only for a job that failed."""
 _LATE_PATIENCE = 5.0
 """Seconds for which the client is dialed by a worker that started when nobody waited for it any
 more: usually because the client was killed, and each second of such a worker is paid for."""
+_SESSION_PATIENCE = 10.0
+"""Seconds for which a worker on AWS Lambda dials the client. It starts within seconds, so the
+client was there a moment ago, and another worker is started as quickly."""
 _LAST_SECONDS = 10.0
 """Seconds in which a worker may hand its tasks back, after those in which they may finish."""
 _DRAIN_GRACE = 20.0
@@ -61,6 +65,10 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     is_child = bootstrap is not None
     if not is_child and RUN_VARIABLE in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", "cloudexec._runs.inside"])
+    if not is_child and API_VARIABLE in os.environ:
+        from cloudexec.worker.function import serve  # other workers need none of it
+
+        serve(os.environ, main)
     if not is_child and PORT_VARIABLE in os.environ:
         _blank("CLOUDEXEC_KEY")
         sys.exit(run_as_relay(os.environ, os.environ.pop("CLOUDEXEC_KEY", "")))
@@ -111,6 +119,8 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
     relay = bootstrap.get("relay", "")
     # Behind a space is where a relay that may move is to be read.
     patience = MOVING_TIMEOUT if " " in relay else CONNECT_TIMEOUT
+    if bootstrap.get("session"):
+        patience = CONNECT_TIMEOUT if " " in relay else _SESSION_PATIENCE
     address = Address(
         target=bootstrap["target"],
         executor_id=bootstrap["executor_id"],
@@ -124,6 +134,7 @@ def main(bootstrap: dict[str, Any] | None = None) -> NoReturn:
         memory_mib=int(bootstrap.get("memory_mib") or 0),
         patience=_LATE_PATIENCE if bootstrap.get("late") else patience,
         drain_grace=bootstrap.get("drain_grace"),
+        session=bootstrap.get("session") or 0.0,
         log=bootstrap.get("log", False),
         client=client,
     )
@@ -241,6 +252,7 @@ def _from_environment() -> dict[str, Any]:
     lifetime = environ.pop("CLOUDEXEC_LIFETIME", "")
     found["lifetime"] = float(lifetime) if lifetime.isdecimal() else None
     found["drain_grace"] = float(environ.pop("CLOUDEXEC_DRAIN_GRACE", _DRAIN_GRACE))
+    found["session"] = float(environ.pop("CLOUDEXEC_SESSION", 0.0))
     return found
 
 

@@ -7,7 +7,15 @@ import os
 
 from cloudexec.worker.platform import ask_metadata, find_place
 
-__all__ = ["pull_seconds", "seconds_since_start"]
+__all__ = ["pull_seconds", "seconds_since_start", "set_earlier"]
+
+_earlier = 0.0
+
+
+def set_earlier(seconds: float) -> None:
+    """Say how long the start of this process has waited for that of the one it was forked from."""
+    global _earlier
+    _earlier = seconds
 
 
 def seconds_since_start() -> float:
@@ -20,7 +28,7 @@ def seconds_since_start() -> float:
             uptime = float(file.read().split()[0])
     except (OSError, ValueError, IndexError):
         return 0.0
-    return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    return _earlier + max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def pull_seconds() -> float:

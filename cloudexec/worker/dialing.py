@@ -93,6 +93,7 @@ class Address:
         memory_mib: What this worker's container may use; 0: unknown.
         patience: Seconds for which the client is dialed the first time.
         drain_grace: Seconds after SIGTERM in which tasks may finish; ``None``: no limit.
+        session: Seconds that every worker has on its platform; 0: it has no such limit.
         log: Whether to say on stderr what happens: where a platform keeps that.
         client: The client, if it has started this process itself.
     """
@@ -109,6 +110,7 @@ class Address:
     memory_mib: int = 0
     patience: float = CONNECT_TIMEOUT
     drain_grace: float | None = None
+    session: float = 0.0
     log: bool = False
     client: Client | None = None
 

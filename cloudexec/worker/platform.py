@@ -12,10 +12,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["OWN_VARIABLES", "Place", "Platform", "ask_metadata", "find_place"]
+__all__ = ["API_VARIABLE", "OWN_VARIABLES", "Place", "Platform", "ask_metadata", "find_place"]
 
 OWN_VARIABLES = ("CLOUDEXEC_INDEX", "CLOUDEXEC_JOB_ID", "CLOUDEXEC_ATTEMPT")
 """Variables that a launcher sets for each worker. Processes that tasks start do not get them."""
+API_VARIABLE = "AWS_LAMBDA_RUNTIME_API"
+"""In a function of AWS Lambda, the address at which events are handed out; see ``function``."""
 _METADATA_TIMEOUT = 1.0
 
 
@@ -59,6 +61,8 @@ PLATFORMS = (
         sign="ECS_CONTAINER_METADATA_URI_V4",
         metadata="ECS_CONTAINER_METADATA_URI_V4",
     ),
+    # Each invocation of the function is another worker: see ``function``.
+    Platform(name="AWS Lambda", sign="AWS_LAMBDA_FUNCTION_NAME"),
 )
 THIS_MACHINE = Platform(name="this machine", sign="")
 

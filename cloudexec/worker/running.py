@@ -93,7 +93,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     def on_sigterm() -> None:
         ends.put_nowait("sigterm")
         if address.drain_grace is not None:
-            loop.call_later(address.drain_grace, pool.reclaim)
+            loop.call_later(address.drain_grace, pool.reclaim, address.session)
 
     loop.add_signal_handler(signal.SIGTERM, on_sigterm)
 

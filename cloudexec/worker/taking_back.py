@@ -12,13 +12,18 @@ from cloudexec.worker.frames import CURRENT, FENCE, WAITING
 from cloudexec.worker.reporting import Answers
 from cloudexec.worker.slot_model import SlotState
 from cloudexec.worker.slots import Slots
-from cloudexec.worker.tasks import RECLAIMED, SLOT_LOST
+from cloudexec.worker.tasks import RECLAIMED, SESSION_OVER, SLOT_LOST, TIMED_OUT
 from cloudexec.worker.waiting import WaitingTasks
 
 __all__ = ["TakingBack"]
 
 _TICK = 0.005
 """Seconds between two looks at slots. A slot must see its fence in less, as ``frames`` explains."""
+_SHARE_OF_SESSION = 0.05
+_BEGINNING = 3.0
+_MOST_OF_SESSION = 0.25
+"""What counts as the beginning of a worker's time on a platform that limits it: a part of that
+time, and some seconds at least, as the first process has to start."""
 
 
 class TakingBack:
@@ -46,6 +51,7 @@ class TakingBack:
         self._answers = answers
         self._go_on = go_on
         self._loop = asyncio.get_running_loop()
+        self._made_at = self._loop.time()
         self._tick_handle: asyncio.TimerHandle | None = None
 
     # Requests.
@@ -93,11 +99,23 @@ class TakingBack:
             slot.to_be_killed(item.kill, item.lease)
             self._slots.kill(slot)
 
-    def reclaim(self) -> None:
-        """Hand back running tasks unfinished, because the platform ends this worker."""
+    def reclaim(self, session: float = 0.0) -> None:
+        """Hand back running tasks unfinished, because the platform ends this worker.
+
+        Args:
+            session: Seconds that every worker has on this platform; 0: it has no such limit. A task
+                that began at the beginning would not get further on another worker. It fails,
+                instead of being handed back for ever.
+        """
+        first = self._made_at + max(
+            _SHARE_OF_SESSION * session, min(_BEGINNING, _MOST_OF_SESSION * session)
+        )
         for slot in list(self._slots.children.values()):
             if slot.held:
-                slot.to_be_killed(RECLAIMED)
+                is_too_long = session > 0 and slot.progress_at < first
+                if is_too_long:
+                    slot.kill_message = SESSION_OVER.format(session=session)
+                slot.to_be_killed(TIMED_OUT if is_too_long else RECLAIMED)
                 self._slots.kill(slot)
 
     def drain(self) -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "OUTGREW",
     "PICKLE_FAILED",
     "RECLAIMED",
+    "SESSION_OVER",
     "SLOT_LOST",
     "TIMED_OUT",
     "UNPICKLE_FAILED",
@@ -20,6 +21,11 @@ __all__ = [
 UNPICKLE_FAILED, PICKLE_FAILED = 2, 3
 SLOT_LOST, TIMED_OUT, KILLED, RECLAIMED, OUTGREW = 4, 5, 6, 7, 8
 """Kinds of ``Failure`` on the wire that the supervisor reports, as the slot itself cannot."""
+SESSION_OVER = (
+    "a worker on AWS Lambda has {session:.0f} s for its tasks, and Lambda allows 15 minutes at "
+    "most: divide the task, or run it with Fargate(...), Batch(...) or another launcher"
+)
+"""The message of ``TIMED_OUT`` if not the task's own time is over, but that of every worker."""
 
 
 @record

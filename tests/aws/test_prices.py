@@ -37,7 +37,11 @@ class PriceList:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.is_denied = False
-        self.products: dict[str, list[dict[str, Any]]] = {"AmazonECS": [], "AmazonEC2": []}
+        self.products: dict[str, list[dict[str, Any]]] = {
+            "AmazonECS": [],
+            "AmazonEC2": [],
+            "AWSLambda": [],
+        }
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -195,7 +199,7 @@ def test_another_regions_price_is_assumed() -> None:
     assert not TABLE.worker(vcpus=1, memory_mib=2048, region="us-east-1").assumed
 
 
-@pytest.mark.parametrize("wrong", [{"arch": "sparc"}, {"compute": "lambda"}])
+@pytest.mark.parametrize("wrong", [{"arch": "sparc"}, {"compute": "abacus"}])
 def test_what_has_no_price_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong.values()))):
         TABLE.worker(vcpus=1, memory_mib=2048, **wrong)  # type: ignore[arg-type]
@@ -229,6 +233,9 @@ def fill(price_list: PriceList, region: str, prefix: str) -> None:
         "ECS-Anywhere-Instance-hours": "9.0000000000",
     }.items():
         price_list.add("AmazonECS", price, regionCode=region, usagetype=f"{prefix}-{usage}")
+    price_list.add(
+        "AWSLambda", "0.00002", regionCode=region, usagetype=f"{prefix}-Lambda-GB-Second"
+    )
     linux = {
         "operatingSystem": "Linux",
         "tenancy": "Shared",
@@ -253,6 +260,7 @@ def test_prices_of_a_region_are_learned_and_kept(price_list: PriceList) -> None:
     assert table.gb_hour == {"x86_64": 0.006, "arm64": 0.004}
     assert table.ephemeral_gb_hour == 0.0002
     assert table.instances["c6i.large"].per_hour == 0.1
+    assert (table.functions.gb_second, table.functions.arm_gb_second) == (0.00002, 0.0000133334)
     assert not table.worker(vcpus=1, memory_mib=2048, region="eu-central-1").assumed
     # The region has no arm64 instances in the list: the table that we have stands in.
     assert table.worker(vcpus=1, memory_mib=2048, arch="arm64", compute="ec2").per_hour > 0

@@ -65,6 +65,7 @@ def test_outputs_are_those_that_a_profile_is_made_of() -> None:
         "ExecutionRole",
         "FargateQueue",
         "FargateSpotQueue",
+        "FunctionRole",
         "JobRole",
         "KeySecret",
         "LogGroup",
@@ -75,6 +76,8 @@ def test_outputs_are_those_that_a_profile_is_made_of() -> None:
         "Subnets",
         "Version",
         "Vpc",
+        "WorkerProfile",
+        "WorkerRole",
     }
     assert outputs["Version"]["Value"] == TEMPLATE_VERSION
     conditional = {name for name, each in outputs.items() if each.get("Condition") == "Ec2"}

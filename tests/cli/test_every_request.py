@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cloudexec import Batch, BatchExecutor, Fargate, LaunchError
+from cloudexec import EC2, Batch, BatchExecutor, Fargate, Lambda, LaunchError
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS
 
@@ -50,6 +50,35 @@ FARGATE: dict[str, dict[str, Any]] = {
     "arm64": {"arch": "arm64", "vcpus": 0.5, "memory": "1GiB"},
     "by-hand": MODES["by-hand"],
 }
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "arm64": {"arch": "arm64", "memory": ("512MiB", "10GiB"), "disk": "10GiB"},
+    "reserved": {"reserved_concurrency": 5, "max_runtime": 30},
+    "by-hand": {
+        "vpc": True,
+        "security_groups": ["sg-0123456789abcdef0"],
+        "tags": {"team": "weather"},
+        "environment": {"MODE": "x" * 500},
+        "project": "p",
+    },
+}
+
+INSTANCES: dict[str, dict[str, Any]] = {
+    "on-demand": {},
+    "spot": {"spot": True},
+    "arm64": {"arch": "arm64", "vcpus": 1},
+    "types": {"instance_types": ["c7i.large", "m7i.large"], "spot": "prefer"},
+    "gpus": {"vcpus": 4, "gpus": 1},
+    "by-hand": {
+        "image": "registry.example/worker:1",
+        "assign_public_ip": False,
+        "ami": "ami-0123456789abcdef0",
+        "disk_gib": 100,
+        "tags": {"team": "weather"},
+        "environment": {"MODE": "x" * 500},
+        "project": "p",
+    },
+}
 
 
 @pytest.fixture
@@ -62,9 +91,10 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
         yield fake
 
 
-def _launch(aws: FakeAWS, batch: Batch | Fargate, workers: int) -> None:
+def _launch(aws: FakeAWS, batch: Batch | Fargate | EC2 | Lambda, workers: int) -> None:
     """Ask for workers until the request has come in."""
-    operation = "SubmitJob" if isinstance(batch, Batch) else "RunTask"
+    operations = {Batch: "SubmitJob", Fargate: "RunTask", EC2: "CreateFleet", Lambda: "Invoke"}
+    operation = operations[type(batch)]
     before = sum(each.operation == operation for each in aws.requests)
     if batch.may_start_relay:
         # Which comes before the executor has started.
@@ -100,7 +130,7 @@ def test_nothing_is_sent_that_aws_would_refuse(
 
     command("up", "--ec2", "--project", "p", "--tag", "team=weather", "--max-vcpus", "64")
     command("up", "--ec2", "--log-days", "7", "--bucket-days", "2", "--public-ip")
-    command("up", "--with", "batch,fargate")
+    command("up", "--with", "batch,fargate,ec2,lambda")
     profile = Profile.load("default")
     for platform in ("linux/amd64", "linux/arm64"):
         image = f"registry.example/worker@sha256:{'0' * 64}"
@@ -114,10 +144,17 @@ def test_nothing_is_sent_that_aws_would_refuse(
         _launch(aws, Batch(**MODES[mode]), workers)
     for workers, mode in enumerate(FARGATE, 1):
         _launch(aws, Fargate(**FARGATE[mode]), workers)
-    # A task that runs, for the commands to see, and to stop.
+    aws.faults.functions.deliver_late(3600.0)
+    for workers, mode in enumerate(FUNCTIONS, 1):
+        image = f"{profile.repository}@sha256:{'0' * 64}"
+        _launch(aws, Lambda(image=image, **FUNCTIONS[mode]), workers)
+    for workers, mode in enumerate(INSTANCES, 1):
+        _launch(aws, EC2(**INSTANCES[mode]), workers)
+    # A task and an instance, for the commands to see, and to stop.
     aws.faults.clear()
     aws.faults.slow_start(600.0)
     _launch(aws, Fargate(), 1)
+    _launch(aws, EC2(), 1)
     aws.faults.no_capacity()
     other = ("--image", "registry.example/worker:2")
     registered = command("definitions", "register", "--profile", "default", *other)
@@ -152,6 +189,9 @@ def test_nothing_is_sent_that_aws_would_refuse(
         ("UpdateStack", "ValidationError"),  # likewise that nothing is to change
         ("GetLogEvents", "ResourceNotFoundException"),
         ("DescribeTaskDefinition", "ClientException"),  # how Amazon ECS says that there is none
+        # How AWS Lambda says that there is no such function.
+        ("GetFunctionConfiguration", "ResourceNotFoundException"),
+        ("CreateLaunchTemplate", "InvalidLaunchTemplateName.AlreadyExistsException"),
         ("GetObject", "NoSuchKey"),  # how S3 says that a run has no result yet
     }
     silent = {name for name, calls in called.items() if not calls}
@@ -166,5 +206,8 @@ def test_nothing_is_sent_that_aws_would_refuse(
     assert {each["platformCapabilities"][0] for each in definitions} == {"FARGATE", "EC2"}
     assert json.dumps(definitions).count("ARM64") >= 1
     assert {"RunTask", "StopTask", "DeregisterTaskDefinition", "DeleteTaskDefinitions"} <= {
+        each.operation for each in aws.requests
+    }
+    assert {"CreateFunction", "Invoke", "PutFunctionConcurrency", "DeleteFunction"} <= {
         each.operation for each in aws.requests
     }

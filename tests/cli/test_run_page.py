@@ -28,7 +28,13 @@ def expression(shown: str) -> re.Pattern[str]:
     return re.compile("".join(lines))
 
 
-PAGES = {"run.md": 8, "from-awsjobs.md": 3, "from-cloudburst.md": 1, "from-crew.md": 3}
+PAGES = {
+    "run.md": 8,
+    "from-awsjobs.md": 3,
+    "from-cloudburst.md": 1,
+    "from-crew.md": 3,
+    "from-dolambda.md": 1,
+}
 """Pages whose blocks of ``console`` are run, with the number of their commands. The first one lists
 all runs of the account."""
 
@@ -38,7 +44,9 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAWS]:
     """An account that was set up."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        account(tmp_path_factory.mktemp("profiles"), patch, fargate=True, grace=1.0) as fake,
+        account(
+            tmp_path_factory.mktemp("profiles"), patch, fargate=True, functions=True, grace=1.0
+        ) as fake,
     ):
         yield fake
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import botocore.retries.standard
 import pytest
+from launcher_helpers import write_profile
 
-from cloudexec import Batch, Fargate
+from cloudexec import EC2, Batch, Fargate, Lambda
 from cloudexec.testing import FakeAWS
+
+IMAGE = f"123456789012.dkr.ecr.us-east-1.amazonaws.com/worker@sha256:{'0' * 64}"
+"""Pinned by its digest, in Amazon ECR, where AWS Lambda takes its images from."""
 
 
 @pytest.fixture
@@ -66,6 +71,36 @@ def fargate(aws: Any) -> Callable[..., Fargate]:
             **settings,
         }
         return Fargate(**given)
+
+    return make
+
+
+@pytest.fixture
+def ec2(aws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EC2]:
+    """A function that makes launchers for an account with a role for instances."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
+    write_profile(aws)
+
+    def make(**settings: Any) -> EC2:
+        return EC2(**{"image": "example.com/worker:1", "profile": "instances", **settings})
+
+    return make
+
+
+@pytest.fixture
+def function(aws: Any) -> Callable[..., Lambda]:
+    """A function that makes launchers for functions of the emulated AWS Lambda."""
+    made = aws.set_up("function")
+
+    def make(**settings: Any) -> Lambda:
+        given: dict[str, Any] = {
+            "role": made.function_role,
+            "region": aws.region,
+            "image": IMAGE,
+            "memory": 1769,
+            **settings,
+        }
+        return Lambda(**given)
 
     return make
 

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
+
 from cloudexec import Batch
+from cloudexec._aws.profile import Profile
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
@@ -63,3 +66,29 @@ def kill_a_client(batch: Batch, path: Path, running: int, **options: object) -> 
         client.send_signal(signal.SIGKILL)
         client.wait()
         client.stdout.close()
+
+
+def write_profile(aws: Any) -> None:
+    """Make what `up --with ec2` makes, as far as instances need it, and write a profile of it."""
+    made = aws.set_up("instances")
+    iam = boto3.client("iam", region_name=aws.region)
+    iam.create_instance_profile(InstanceProfileName="instances")
+    iam.add_role_to_instance_profile(InstanceProfileName="instances", RoleName="instances-instance")
+    profile = iam.get_instance_profile(InstanceProfileName="instances")["InstanceProfile"]
+    secret = boto3.client("secretsmanager", region_name=aws.region).create_secret(
+        Name="key", SecretString="0f" * 32
+    )
+    boto3.client("logs", region_name=aws.region).create_log_group(logGroupName="/instances")
+    Profile(
+        name="instances",
+        region=aws.region,
+        queues={"fargate": made.queue},
+        execution_role=made.execution_role,
+        job_role=made.job_role,
+        key_secret=secret["ARN"],
+        log_group="/instances",
+        subnets=made.subnets,
+        security_group=made.security_group,
+        instance_profile=profile["Arn"],
+        instance_role=profile["Roles"][0]["Arn"],
+    ).save()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from process_farm import Farm, ProcessFarm
 
-from cloudexec import Batch, Fargate, Local
+from cloudexec import EC2, Batch, Fargate, Lambda, Local
 from cloudexec.launchers import (
     Inspection,
     JobRequest,
@@ -54,6 +54,14 @@ def test_batch_passes(launcher: Callable[..., Batch]) -> None:
 @pytest.mark.parametrize("spot", [False, True, "prefer"])
 def test_fargate_passes(fargate: Callable[..., Fargate], spot: bool | str) -> None:
     assert len(check_launcher(fargate(spot=spot))) == 6
+
+
+def test_ec2_passes(ec2: Callable[..., EC2]) -> None:
+    assert len(check_launcher(ec2(vcpus=1, spot="prefer"))) == 6
+
+
+def test_lambda_passes(function: Callable[..., Lambda]) -> None:
+    assert len(check_launcher(function())) == 6
 
 
 def test_the_example_of_the_documentation_passes(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def test_no_module_imports_itself_by_a_detour_typing_included() -> None:
 
 def test_the_fleet_knows_no_platform() -> None:
     """Whatever it needs of one, a launcher of another package can give it."""
-    platforms = tuple(f"cloudexec._launchers.{each}." for each in ("aws", "batch", "fargate"))
+    platforms = tuple(
+        f"cloudexec._launchers.{each}." for each in ("aws", "batch", "ec2", "fargate", "lambda_")
+    )
     knowing = [
         name
         for name, imported in imports().items()

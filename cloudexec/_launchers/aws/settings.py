@@ -151,10 +151,10 @@ class AwsLauncher(PlatformLauncher):
                 "environment must not have CLOUDEXEC_KEY, which is cloudexec's own variable"
             )
         check_tags(tags or {})
-        self.sizes = _sizes(vcpus, memory, compute, self.most_vcpus)
+        self.compute = compute
+        self.sizes = self._ladder(vcpus, memory)
         self.launch_timeout = _FARGATE_TIMEOUT if compute == "fargate" else _EC2_TIMEOUT
         self.spot = spot
-        self.compute = compute
         self.arch = arch
         if profile is None and not by_hand:
             named = os.environ.get("CLOUDEXEC_PROFILE", "")
@@ -175,6 +175,12 @@ class AwsLauncher(PlatformLauncher):
         self.max_runtime = max_runtime
         self.slots = slots_per_worker or max(1, int(vcpus))
         self._most_slots = slots_per_worker
+
+    def _ladder(
+        self, vcpus: float, memory: str | int | Sequence[str | int] | None
+    ) -> tuple[WorkerSize, ...]:
+        """Check the sizes of workers, one or several, and return them."""
+        return _sizes(vcpus, memory, self.compute, self.most_vcpus)
 
     @property
     def may_start_relay(self) -> bool:

@@ -37,10 +37,24 @@ class Pacer:
         self._next = float("-inf")
         """Time of the next call if calls were made at even intervals."""
 
-    async def wait(self) -> None:
-        """Wait until a call may be made, in the order of asking, and take leave for it."""
+    def is_free(self, turns: int = 1) -> bool:
+        """Say whether ``wait`` would return at once.
+
+        Args:
+            turns: As for ``wait``.
+        """
         now = self._clock()
-        at = max(self._next, now)
+        at = max(self._next, now) + (turns - 1) * self._interval
+        return at - now - self._ahead <= 0
+
+    async def wait(self, turns: int = 1) -> None:
+        """Wait until a call may be made, in the order of asking, and take leave for it.
+
+        Args:
+            turns: How many calls' worth it takes.
+        """
+        now = self._clock()
+        at = max(self._next, now) + (turns - 1) * self._interval
         self._next = at + self._interval
         if (pause := at - now - self._ahead) > 0:
             # If this is cancelled, its turn is lost: that is rare, and later callers already know

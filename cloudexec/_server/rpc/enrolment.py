@@ -104,6 +104,10 @@ class Enrolment:
         if service.takeover is not None and not service.takeover.is_ready:
             # No refusal that counts: a worker of the run before comes again in a moment.
             await abort(context, "RESOURCE_EXHAUSTED", "workers cannot be taken over yet")
+        claimed, hello.identity = hello.identity, service.workers.launch_of(hello.identity)
+        if claimed and not hello.identity:
+            # Nor is this one: the platform has started it, and says in a moment which one it is.
+            await abort(context, "RESOURCE_EXHAUSTED", "it is not known yet which worker this is")
         nonce = _enrolment.make_nonce()
         key = service.workers.key_of(hello.identity)
         resumed: WorkerSession | None = None
@@ -113,7 +117,7 @@ class Enrolment:
             resumed = service.workers.session_to_resume(hello.identity, hello.resume)
             if resumed is not None:
                 key = _enrolment.session_key(key, resumed.token)
-        parts = (service.engine.executor_id, hello.identity, hello.nonce, nonce)
+        parts = (service.engine.executor_id, claimed, hello.nonce, nonce)
         mac = _enrolment.proof(key, "server", *parts)
         # A client that has taken the place of a killed one has none of its sessions.
         takeover = service.takeover if hello.resume and resumed is None else None

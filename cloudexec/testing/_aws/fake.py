@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from cloudexec._config import check_count, check_positive
 from cloudexec._errors import ConfigError
 from cloudexec.testing._aws.faults import Faults
-from cloudexec.testing._aws.records import JobRecord, Request, Setup
+from cloudexec.testing._aws.records import InstanceRecord, JobRecord, Request, Setup
 
 if TYPE_CHECKING:
+    from cloudexec.testing._aws.function_environments import Event
     from cloudexec.testing._aws.session import Session
 
 __all__ = ["FakeAWS"]
@@ -93,7 +94,7 @@ class FakeAWS:
             second from then on, for each kind of capacity; ``None`` for no limit. On AWS they are
             100 and 20 ("AWS Fargate throttling quotas", Amazon ECS Developer Guide).
         new_account: Whether the account has the quotas of a new one: 6 vCPUs at once on Fargate,
-            and 6 on Fargate Spot.
+            and 6 on Fargate Spot, and 10 invocations at once on AWS Lambda.
         zones: Further zones of the region, by name: id and type (``"availability-zone"``,
             ``"local-zone"`` or ``"wavelength-zone"``), in which subnets can be made.
 
@@ -141,6 +142,7 @@ class FakeAWS:
         check_count("max_running", max_running, least=1)
         self.region = region
         self.faults = Faults(self._renewed, _NEW_ACCOUNT if new_account else None)
+        self.new_account = new_account
         self.boot = boot
         self.launch_rate = launch_rate
         self.step = step
@@ -232,6 +234,14 @@ class FakeAWS:
         engine = self._required_session().engine
         with engine.lock:
             return engine.jobs[job_id].record()
+
+    def invocations(self) -> list[Event]:
+        """Return all deliveries of events to functions of AWS Lambda so far."""
+        return self._required_session().functions.events()
+
+    def instances(self) -> list[InstanceRecord]:
+        """Return all EC2 instances so far that were asked for directly, in the order of start."""
+        return self._required_session().instances.records()
 
     def set_up(
         self,

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from cloudexec.testing._aws.counted import take
+from cloudexec.testing._aws.ec2_faults import Ec2Faults
 from cloudexec.testing._aws.ecs_faults import EcsFaults
+from cloudexec.testing._aws.function_faults import FunctionFaults
 
 if TYPE_CHECKING:
     from cloudexec.testing._aws.permissions import Permissions
@@ -33,6 +35,7 @@ _SERVICES = (
     "service-quotas",
     "resourcegroupstaggingapi",
     "ecs",
+    "lambda",
     "ec2",
 )
 """Names of botocore's models; the largest is searched last."""
@@ -79,6 +82,10 @@ class Faults:
         self._ended = threading.Event()
         self.ecs = EcsFaults()
         """Faults of tasks that Amazon ECS runs without AWS Batch."""
+        self.functions = FunctionFaults()
+        """Faults of functions of AWS Lambda."""
+        self.ec2 = Ec2Faults()
+        """Faults of EC2 instances that are started without AWS Batch."""
         self._reset()
 
     def _reset(self) -> None:
@@ -103,6 +110,8 @@ class Faults:
         self._permissions: Permissions | None = None
         self._list_lag = 0.0
         self.ecs.clear()
+        self.functions.clear()
+        self.ec2.clear()
 
     # Jobs that do not start.
 
@@ -386,7 +395,8 @@ class Faults:
     def list_lag(self, seconds: float) -> None:
         """Let ListJobs omit jobs that were submitted in the last seconds. 0 undoes it.
 
-        ListTasks omits tasks likewise, and DescribeTasks says that they are MISSING.
+        ListTasks and DescribeInstances omit what is new likewise, and DescribeTasks says that it is
+        MISSING.
 
         AWS does not document how late lists can be.
         """

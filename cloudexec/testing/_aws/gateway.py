@@ -46,6 +46,7 @@ Handler = Callable[[Call, int], Mapping[str, Any] | Response | None]
 
 _THROTTLED = {
     "batch": ("TooManyRequestsException", "Too Many Requests", 429),
+    "lambda": ("TooManyRequestsException", "Rate Exceeded.", 429),
     "ec2": ("RequestLimitExceeded", "Request limit exceeded.", 503),
     "s3": ("SlowDown", "Please reduce your request rate.", 503),
     "cloudformation": ("Throttling", "Rate exceeded", 400),
@@ -69,6 +70,7 @@ class Gateway:
         calls_per_second: Number of Batch calls that are accepted per second, and at once after a
             pause.
         metadata: Answers ``/v4/<task id>...``.
+        machine: Answers ``/machine/<instance id>/...``: method, path, headers and body.
         secret: Returns the secret of an access key if it is known, to check signed URLs.
         role: Returns the permissions of the role whose key is in an authorization header;
             ``None`` if the key is not a role's.
@@ -83,6 +85,7 @@ class Gateway:
         faults: Faults,
         calls_per_second: float,
         metadata: Callable[[str], Mapping[str, Any] | None],
+        machine: Callable[[str, str, Mapping[str, str], bytes], tuple[int, bytes]],
         secret: Callable[[str], str | None] = lambda key: None,
         role: Callable[[str], Permissions | None] = lambda authorization: None,
     ) -> None:
@@ -91,6 +94,7 @@ class Gateway:
         self._before = before
         self._faults = faults
         self._metadata = metadata
+        self._machine = machine
         self._secret = secret
         self._role = role
         self._bucket = TokenBucket(calls_per_second)
@@ -145,6 +149,10 @@ class Gateway:
             for name, value in environ.items()
             if name.startswith("HTTP_")
         }
+        if path.startswith("/machine/"):
+            status, said = self._machine(environ["REQUEST_METHOD"], path, headers, body)
+            start_response(f"{status} Answered", [("Content-Type", "text/plain")])
+            return [said]
         if "content-type" not in headers and environ.get("CONTENT_TYPE"):
             headers["content-type"] = environ["CONTENT_TYPE"]
         query = environ.get("QUERY_STRING", "")

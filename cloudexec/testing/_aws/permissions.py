@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudexec.testing._aws.backends import ACCOUNT, ecs_backend
+from cloudexec.testing._aws.function_permissions import of_lambda
+from cloudexec.testing._aws.instance_permissions import of_ec2
 from cloudexec.testing._aws.wire import Call
 
 __all__ = ["Permissions"]
@@ -82,6 +84,10 @@ class Permissions:
             yield f"s3:{action}", resource, {}
         elif call.service == "ecs":
             yield from self._of_ecs(call)
+        elif call.service == "lambda":
+            yield from of_lambda(call)
+        elif call.service == "ec2":
+            yield from of_ec2(call)
         elif call.operation != "GetCallerIdentity":
             # "No permissions are required": AWS STS API Reference, "GetCallerIdentity".
             yield f"{_PREFIXES.get(call.service, call.service)}:{call.operation}", "", {}

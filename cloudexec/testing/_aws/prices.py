@@ -1,4 +1,4 @@
-"""Answers calls to the Pricing API about Fargate, and to Service Quotas about vCPUs."""
+"""Answers calls to the Pricing API about Fargate and Lambda, and to Service Quotas about vCPUs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ FARGATE_PRICES = {
     "Fargate-EphemeralStorage-GB-Hours": ("GB-Hours", 0.000111),
 }
 """By usage type, without the region's prefix: the unit, and the price in USD in us-east-1."""
+
+LAMBDA_PRICES = {
+    "Lambda-GB-Second": ("Lambda-GB-Second", 0.0000166667),
+    "Lambda-GB-Second-ARM": ("Lambda-GB-Second", 0.0000133334),
+    "Request": ("Requests", 0.0000002),
+    "Lambda-Storage-GB-Second": ("GB-Seconds", 0.0000000309),
+}
+_PRICES = {"AmazonECS": FARGATE_PRICES, "AWSLambda": LAMBDA_PRICES}
+"""By service code. Of prices with tiers, the first one."""
 
 _REGIONS = {"us-east-1": "USE1", "us-west-2": "USW2", "eu-west-1": "EU", "eu-central-1": "EUC1"}
 
@@ -44,15 +53,16 @@ _DEFAULT_QUOTA = 4000.0
 
 
 def products(operation: str, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Answer the Pricing API: GetProducts of Fargate."""
+    """Answer the Pricing API: GetProducts of Fargate and AWS Lambda."""
     if operation != "GetProducts":
         return None
     found = []
-    if parameters.get("ServiceCode") == "AmazonECS":
+    service = parameters.get("ServiceCode")
+    if service in _PRICES:
         for region, prefix in _REGIONS.items():
-            for usage, (unit, price) in FARGATE_PRICES.items():
+            for usage, (unit, price) in _PRICES[service].items():
                 attributes = {
-                    "servicecode": "AmazonECS",
+                    "servicecode": service,
                     "regionCode": region,
                     "usagetype": f"{prefix}-{usage}",
                     "locationType": "AWS Region",

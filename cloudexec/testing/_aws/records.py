@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AttemptRecord", "JobRecord", "Request", "Setup"]
+__all__ = ["AttemptRecord", "InstanceRecord", "JobRecord", "Request", "Setup"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,3 +103,32 @@ class Setup:
     security_group: str
     cluster: str
     """ARN of a cluster of Amazon ECS, for tasks on Fargate and Fargate Spot."""
+    function_role: str = ""
+    """ARN of a role of functions of AWS Lambda."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceRecord:
+    """The present state of one EC2 instance that was asked for without AWS Batch."""
+
+    instance_id: str
+    type: str
+    spot: bool
+    subnet: str
+    state: str
+    """``"pending"``, ``"running"``, ``"shutting-down"`` or ``"terminated"``."""
+    state_reason: str
+    """The code of its StateReason; empty while it has not ended."""
+    tags: dict[str, str]
+    user_data: str
+    """Its script."""
+    environment: dict[str, str]
+    """The variables of its container, without the key."""
+    exit_code: int | None
+    """Of its container; ``None``: it has not ended."""
+    pid: int | None
+    """Process id of its container's main process, in process mode."""
+    launched_at: float
+    ended_at: float | None
+    console: str
+    """What its script has written."""

@@ -103,6 +103,17 @@ class MotoPlatform:
             found["AWS_BATCH_JOB_ARRAY_SIZE"] = str(len(job.parent.children))
         return found
 
+    def credentials(self, role: str) -> Mapping[str, str]:
+        """Return the variables of a function's environment that are not the function's own.
+
+        Args:
+            role: ARN of the function's role.
+        """
+        found = dict(self._job_environment)
+        if self._role_keys is not None:
+            found["AWS_ACCESS_KEY_ID"] = self._role_keys.key_of(role)
+        return found
+
     def secrets(self, spec: JobSpec) -> Mapping[str, str]:
         """Return the values of the definition's secrets."""
         if spec.execution_role is not None:

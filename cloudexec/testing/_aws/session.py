@@ -25,11 +25,16 @@ from cloudexec.testing._aws.batch_jobs import BatchJobs
 from cloudexec.testing._aws.batch_resources import BatchResources
 from cloudexec.testing._aws.cloudformation import CloudFormation
 from cloudexec.testing._aws.containers import ContainerRunner, engine_answers
+from cloudexec.testing._aws.ec2 import Ec2
 from cloudexec.testing._aws.ecs import Ecs
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.function_environments import Host, isolates
+from cloudexec.testing._aws.functions import Functions
 from cloudexec.testing._aws.gateway import Gateway
 from cloudexec.testing._aws.ghosts import Ghosts
+from cloudexec.testing._aws.instance_host import InstanceHost, write_commands
+from cloudexec.testing._aws.instances import Instances
 from cloudexec.testing._aws.logs import LogWriter
 from cloudexec.testing._aws.networks import Networks
 from cloudexec.testing._aws.prices import products, quota_response
@@ -45,6 +50,9 @@ from cloudexec.testing._aws.timers import Timing
 from cloudexec.testing._aws.wire import Call, Response
 
 __all__ = ["Session", "check_region"]
+
+_TRUSTED = {"instance": "ec2", "function": "lambda"}
+"""By role that ``set_up`` makes: the service that has it, if it is not Amazon ECS."""
 
 
 def _pull_times(pull: tuple[float, float] | None) -> dict[str, str]:
@@ -82,6 +90,7 @@ class Settings(Protocol):
     faults: Faults
     boot: float
     launch_rate: tuple[int, float] | None
+    new_account: bool
     step: float
     grace: float
     speed: float
@@ -142,18 +151,19 @@ class Session:
             job_environment=self._job_environment(port),
             role_keys=roles if owner.aws_in_jobs else None,
         )
+        timing = Timing(
+            step=owner.step,
+            grace=owner.grace,
+            speed=owner.speed,
+            boot=owner.boot,
+            launch_rate=owner.launch_rate,
+        )
         self.engine = Engine(
             platform=platform,
             runner=runner,
             logs=logs,
             faults=owner.faults,
-            timing=Timing(
-                step=owner.step,
-                grace=owner.grace,
-                speed=owner.speed,
-                boot=owner.boot,
-                launch_rate=owner.launch_rate,
-            ),
+            timing=timing,
             max_running=owner.max_running,
         )
         owner.faults.attach(self.engine)
@@ -162,6 +172,40 @@ class Session:
         self._jobs = BatchJobs(self.engine, owner.faults)
         self._tasks = Tasks(self.engine, are_processes=owner.mode == "process")
         self._ecs = Ecs(self.engine, owner.faults, self._tasks)
+        self.functions = Functions(
+            Host(
+                runner=runner,
+                address=self.host_for_jobs,
+                listen=self._listen_host(),
+                isolated=owner.mode == "process" and isolates(),
+            ),
+            logs,
+            owner.faults,
+            credentials=platform.credentials,
+            is_new=owner.new_account,
+            speed=owner.speed,
+        )
+        self._closers.append(self.functions.close)
+        commands = directory / "commands"
+        write_commands(commands)
+        self.instances = Instances(
+            directory,
+            commands=commands,
+            address=f"{self.endpoint_url}/machine",
+            endpoint=self.endpoint_url,
+            faults=owner.faults.ec2,
+            timing=timing,
+        )
+        owner.faults.ec2.attach(self.instances)
+        host = InstanceHost(
+            self.instances,
+            runner=runner,
+            logs=logs,
+            faults=owner.faults,
+            roles=roles,
+            job_environment=self._job_environment(port),
+        )
+        self._machines = Ec2(self.instances, owner.faults, max_running=owner.max_running)
         networks = Networks(owner.region, owner.zones)
         self._closers.append(networks.close)
         ghosts = Ghosts(owner.faults)
@@ -173,6 +217,7 @@ class Session:
                 "batch": self._batch,
                 "ec2": lambda call, _: self._ec2(call, networks),
                 "ecs": lambda call, _: self._ecs.answer(call),
+                "lambda": lambda call, _: self.functions.answer(call),
                 "resourcegroupstaggingapi": lambda call, _: ghosts.answer(call),
                 "pricing": lambda call, _: products(call.operation, call.parameters),
                 "service-quotas": lambda call, _: quota_response(
@@ -184,6 +229,7 @@ class Session:
             faults=owner.faults,
             calls_per_second=owner.calls_per_second,
             metadata=self._metadata,
+            machine=host.answer,
             secret=lambda key: (
                 owner.environment.get("AWS_SECRET_ACCESS_KEY")
                 if key == owner.environment.get("AWS_ACCESS_KEY_ID")
@@ -205,6 +251,8 @@ class Session:
         )
         self._thread.start()
         self._closers.append(self._stop_server)
+        # First of all, as calls wait for the ends of their containers.
+        self._closers.append(self.instances.close)
 
     def own_mistakes(self) -> list[str]:
         """Return the rules of service models that requests of cloudexec itself have broken."""
@@ -270,7 +318,7 @@ class Session:
 
     def _ec2(self, call: Call, networks: Networks) -> Response | None:
         networks.prepare(call.region)
-        return self._tasks.interfaces(call)
+        return self._tasks.interfaces(call) or self._machines.answer(call)
 
     def _metadata(self, task_id: str) -> Mapping[str, Any] | None:
         with self.engine.lock:
@@ -343,10 +391,10 @@ class Session:
         group = ec2.get_security_group_from_name("default", vpc.id).id
         iam = iam_backends[ACCOUNT]["aws"]
         roles = {role.name: role.arn for role in iam.roles.values()}
-        for role in ("job", "execution", "instance"):
+        for role in ("job", "execution", "instance", "function"):
             role_name = f"{name}-{role}"
             if role_name not in roles:
-                trust = _trust("ec2" if role == "instance" else "ecs-tasks")
+                trust = _trust(_TRUSTED.get(role, "ecs-tasks"))
                 roles[role_name] = iam.create_role(role_name, trust, "/", None, "", [], None).arn
         environments = []
         for number, kind in enumerate(kinds, 1):
@@ -403,6 +451,7 @@ class Session:
             compute_environments=tuple(environments),
             job_role=roles[f"{name}-job"],
             execution_role=roles[f"{name}-execution"],
+            function_role=roles[f"{name}-function"],
             subnets=subnets,
             security_group=group,
         )

@@ -92,6 +92,7 @@ class StackResources:
             else:
                 _check_repository(resource, properties)
                 self._create_with_moto(region, stack, resource, properties)
+                _set_repository_policy(region, resource, properties)
         except ResourceError:
             raise
         except Exception as exc:
@@ -119,6 +120,7 @@ class StackResources:
                 group.set_retention_policy(properties.get("RetentionInDays"))
             elif resource.type == "AWS::S3::Bucket":
                 _set_lifecycle(resource.physical_id or "", properties)
+            _set_repository_policy(region, resource, properties)
             # Other types stay unchanged, because the fake does not use their properties.
         except Exception as exc:
             raise ResourceError(str(exc) or repr(exc)) from exc
@@ -340,6 +342,18 @@ def _check_repository(resource: Resource, properties: Mapping[str, Any]) -> None
             f"Invalid parameter at 'repositoryName' failed to satisfy constraint: 'must satisfy "
             f"regular expression '{_REPOSITORY.pattern}'' (Service: Ecr, Status Code: 400)"
         )
+
+
+def _set_repository_policy(region: str, resource: Resource, properties: Mapping[str, Any]) -> None:
+    """Say who may use a repository, which moto leaves out."""
+    import json
+
+    from moto.ecr.models import ecr_backends
+
+    if resource.type == "AWS::ECR::Repository":
+        given = properties.get("RepositoryPolicyText")
+        repository = ecr_backends[ACCOUNT][region].repositories[resource.physical_id or ""]
+        repository.policy = json.dumps(given) if given else None
 
 
 def _set_lifecycle(bucket: str, properties: Mapping[str, Any]) -> None:

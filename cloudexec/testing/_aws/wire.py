@@ -136,7 +136,10 @@ def read_call(
                 parameters[member] = scalar(member_shape, value)
         elif location == "header" and wire_name.lower() in headers:
             parameters[member] = scalar(member_shape, headers[wire_name.lower()])
-    if protocol == "rest-json" and body.strip():
+    payload = str(shape.serialization.get("payload", "")) if shape is not None else ""
+    if protocol == "rest-json" and payload and shape.members[payload].type_name == "blob":
+        parameters[payload] = body
+    elif protocol == "rest-json" and body.strip():
         parameters.update(json.loads(body))
     return Call(operation=operation.name, parameters=parameters, model=operation, **call)
 
@@ -307,8 +310,9 @@ def _routes(service: str) -> list[tuple[str, re.Pattern[str], dict[str, str], Op
 
 def _parts(uri: str, service: str) -> list[tuple[str, bool]]:
     parts = [part for part in re.split(r"(\{[^}]+\})", uri) if part]
-    # Except in S3, the last label may be an ARN with slashes. A bucket's name never has a slash.
-    return [(part, service != "s3" and index == len(parts) - 1) for index, part in enumerate(parts)]
+    # The last label may be an ARN with slashes, but names of buckets and functions have none.
+    has_slashes = service not in ("s3", "lambda")
+    return [(part, has_slashes and index == len(parts) - 1) for index, part in enumerate(parts)]
 
 
 def _weight(fixed: Mapping[str, str], operation: OperationModel) -> int:
