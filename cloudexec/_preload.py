@@ -23,9 +23,10 @@ __all__ = ["modules_of"]
 
 _MOST_SOURCE = 512 * 1024
 """Most bytes of source that are parsed, which takes some ten milliseconds per thousand lines."""
-_NEVER = {"cloudexec", "IPython", "ipykernel", "ipywidgets", "polars"}
-"""Packages that only the client uses, or that start threads when they are imported. A worker would
-notice the threads and start again without the package, which takes as long as the import."""
+_NEVER = {"cloudexec", "execnet", "IPython", "ipykernel", "ipywidgets", "polars"}
+"""Packages that only the client uses, such as what pytest-xdist runs its processes with, or that
+start threads when they are imported. A worker would notice the threads and start again without the
+package, which takes as long as the import."""
 
 
 def modules_of(fn: object) -> list[str]:
@@ -109,9 +110,12 @@ def _imported(source: str, package: str) -> Iterator[str]:
 def _named(module: ModuleType) -> Iterator[str]:
     """Yield the modules among a module's globals, and the modules of its classes and functions.
 
-    This serves for a module without source.
+    This serves for a module without source, and for one that pytest has rewritten. pytest adds
+    globals such as ``@pytest_ar`` to it, which no program can name: these are left out.
     """
-    for value in list(vars(module).values()):
+    for name, value in list(vars(module).items()):
+        if not name.isidentifier():
+            continue
         if isinstance(value, ModuleType):
             yield value.__name__
         elif type(value).__name__ in ("function", "builtin_function_or_method", "type"):

@@ -144,6 +144,8 @@ class AsyncMonitor:
         rows: list[ExecutorCost] = []
         for jobs in by_executor(infos):
             last = jobs[0]
+            workers = [job for job in jobs if not job.is_relay]
+            relays = [job for job in jobs if job.is_relay]
             rows.append(
                 ExecutorCost(
                     executor=last.executor,
@@ -151,12 +153,14 @@ class AsyncMonitor:
                     project=last.project,
                     is_active=any(job.is_active for job in jobs),
                     created_at=min(job.created_at for job in jobs),
-                    runs=sum(len(runs[job.id].seconds) for job in jobs),
-                    run_seconds=math.fsum(job.run_seconds for job in jobs),
-                    vcpu_hours=math.fsum(job.run_seconds * job.vcpus for job in jobs) / 3600,
-                    gib_hours=math.fsum(job.run_seconds * job.memory_mib for job in jobs)
+                    runs=sum(len(runs[job.id].seconds) for job in workers),
+                    run_seconds=math.fsum(job.run_seconds for job in workers),
+                    vcpu_hours=math.fsum(job.run_seconds * job.vcpus for job in workers) / 3600,
+                    gib_hours=math.fsum(job.run_seconds * job.memory_mib for job in workers)
                     / 1024
                     / 3600,
+                    relay_seconds=math.fsum(job.run_seconds for job in relays),
+                    relay_usd=math.fsum(job.cost_usd for job in relays),
                     cost_usd=math.fsum(job.cost_usd for job in jobs),
                     per_hour_usd=math.fsum(job.per_hour_usd for job in jobs),
                     is_estimate=any(job.is_estimate for job in jobs),

@@ -32,6 +32,7 @@ __all__ = [
     "executor_of",
     "exit_code_of",
     "first_worker",
+    "gpus_of",
     "last_part",
     "log_group_of",
     "may_run_again",
@@ -137,6 +138,12 @@ def size_of(container: Mapping[str, Any]) -> tuple[float, int]:
         float(asked.get("VCPU") or container.get("vcpus") or 0),
         int(asked.get("MEMORY") or container.get("memory") or 0),
     )
+
+
+def gpus_of(container: Mapping[str, Any]) -> int:
+    """Return how many GPUs a job's container was requested with."""
+    asked = {each["type"]: each["value"] for each in container.get("resourceRequirements", ())}
+    return int(asked.get("GPU") or 0)
 
 
 def arch_of(container: Mapping[str, Any]) -> str:
@@ -288,7 +295,8 @@ def executor_info(jobs: Sequence[JobInfo], now: datetime) -> ExecutorInfo:
     last = jobs[0]
     workers: Counter[str] = Counter()
     vcpus, memory_mib = 0.0, 0
-    for job in jobs:
+    of_workers = [job for job in jobs if not job.is_relay]
+    for job in of_workers:
         workers.update(job.workers)
         placed = job.workers.get("STARTING", 0) + job.workers.get("RUNNING", 0)
         vcpus += placed * job.vcpus
@@ -308,10 +316,11 @@ def executor_info(jobs: Sequence[JobInfo], now: datetime) -> ExecutorInfo:
         workers={
             state: workers[state] for state in (*ACTIVE, *ENDED, TOLD_TO_END) if workers[state]
         },
+        relays=sum(job.is_relay and job.is_active for job in jobs),
         vcpus=vcpus,
         memory_mib=memory_mib,
         cost_usd=math.fsum(job.cost_usd for job in jobs),
         per_hour_usd=math.fsum(job.per_hour_usd for job in jobs),
-        without_client=sum(job.without_client for job in jobs),
+        without_client=sum(job.without_client for job in of_workers),
         is_estimate=any(job.is_estimate for job in jobs),
     )

@@ -16,6 +16,7 @@ from cloudexec._aws.job_details import (
     executor_of,
     exit_code_of,
     first_worker,
+    gpus_of,
     last_part,
     log_group_of,
     may_run_again,
@@ -201,6 +202,7 @@ class JobInfos:
         price = self.table().worker(
             vcpus=vcpus,
             memory_mib=memory_mib,
+            gpus=gpus_of(container),
             arch=arch_of(container),
             compute=compute,
             spot=spot,

@@ -210,7 +210,7 @@ class JobSearch:
 def _not_found(name: str, region: str) -> AwsError:
     return AwsError(
         f"there is no job {name} of cloudexec in {region}, or AWS has forgotten it: "
-        f"`cloudexec jobs` lists them",
+        f"`cloudexec jobs` lists them, and `cloudexec runs` those of `cloudexec run`",
         code="NotFound",
         operation="batch:DescribeJobs",
     )

@@ -10,6 +10,7 @@ __all__ = [
     "JOB_PREFIX",
     "OBJECTS_PREFIX",
     "ORDERED_ENDS",
+    "RELAY_NAME",
     "RELAY_PORT",
     "RELAY_QUEUE",
     "RUNS_PREFIX",
@@ -64,6 +65,8 @@ RUNS_PREFIX = f"{OBJECTS_PREFIX}runs/"
 """Prefix of the files that ``cloudexec run`` exchanges. The run's name follows."""
 RUN_EXECUTOR = "run-"
 """Prefix of ``TAG_EXECUTOR`` on a run's own job. The run's name follows."""
+RELAY_NAME = "-relay-"
+"""Part of the name of a relay's job that follows the executor's id."""
 RELAY_PORT = 443
 """Port of the relays in the stack's VPC. Many networks let connections out to no other port."""
 RELAY_QUEUE = "fargate_relay"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
+from cloudexec._aws.names import JOB_PREFIX, RELAY_NAME, RUN_EXECUTOR
+
 __all__ = [
     "ACTIVE",
     "ENDED",
@@ -130,6 +132,17 @@ class JobInfo(Record):
         """Whether the job has not ended."""
         return self.state in ACTIVE
 
+    @property
+    def run(self) -> str:
+        """Name of the run of `cloudexec run` whose machine it is; empty: it has workers."""
+        is_run = self.executor.startswith(RUN_EXECUTOR)
+        return self.executor.removeprefix(RUN_EXECUTOR) if is_run else ""
+
+    @property
+    def is_relay(self) -> bool:
+        """Whether the job is a relay, through which workers reach the program."""
+        return self.name.startswith(f"{JOB_PREFIX}{self.executor}{RELAY_NAME}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorInfo(Record):
@@ -148,13 +161,15 @@ class ExecutorInfo(Record):
     queues: tuple[str, ...]
     jobs: int
     workers: Mapping[str, int]
-    """Number of workers in each state."""
+    """Number of workers in each state, without relays."""
+    relays: int
+    """Number of relays that have not ended, through which workers reach the program."""
     vcpus: float
     """vCPUs of workers that start or run."""
     memory_mib: int
     """MiB of workers that start or run."""
     cost_usd: float
-    """Cost up to now."""
+    """Cost of workers and relays up to now."""
     per_hour_usd: float
     """Cost of the workers that run now."""
     without_client: int
@@ -176,7 +191,7 @@ class LogLine(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorCost(Record):
-    """The cost of one executor's workers up to now."""
+    """The cost of one executor's workers and relays up to now."""
 
     executor: str
     user: str
@@ -184,10 +199,17 @@ class ExecutorCost(Record):
     is_active: bool
     created_at: datetime
     runs: int
-    """Number of times that a worker ran; each attempt counts."""
+    """Number of times that a worker ran; each attempt counts, and relays do not."""
     run_seconds: float
+    """Time for which workers ran, added up."""
     vcpu_hours: float
+    """vCPUs of workers, multiplied by the hours for which they ran."""
     gib_hours: float
+    """Memory of workers, multiplied by the hours for which they ran."""
+    relay_seconds: float
+    """Time for which relays ran, added up."""
+    relay_usd: float
+    """Cost of relays, which is a part of ``cost_usd``."""
     cost_usd: float
     per_hour_usd: float
     is_estimate: bool

@@ -23,6 +23,7 @@ __all__ = ["TaskSearch", "is_task_id"]
 _TASK_ID = re.compile(r"[0-9a-f]{32}")
 _BATCH_CLUSTERS = "AWSBatch-"
 """Prefix of the clusters that AWS Batch creates for itself."""
+_NO_CLUSTER = "ClusterNotFoundException"
 _STARTING = ("PROVISIONING", "PENDING", "ACTIVATING")
 _STOPPED = ("STOPPED", "DELETED")
 
@@ -40,14 +41,22 @@ class TaskSearch:
         clusters: ARNs or names; ``None``: all clusters of the region that AWS lets us look at,
             except those of AWS Batch.
         public_ip: Whether tasks have public addresses, which Amazon ECS does not report.
+        may_be_denied: Whether a given cluster is passed over if AWS does not let us look at it, or
+            if it does not exist any more.
     """
 
     def __init__(
-        self, calls: PacedCalls, clusters: Sequence[str] | None, *, public_ip: bool
+        self,
+        calls: PacedCalls,
+        clusters: Sequence[str] | None,
+        *,
+        public_ip: bool,
+        may_be_denied: bool = False,
     ) -> None:
         self._calls = calls
         self._given = clusters
         self._public_ip = public_ip
+        self._may_be_denied = may_be_denied or clusters is None
         self._definitions: dict[str, Mapping[str, Any]] = {}
 
     async def jobs(self, name: str = "") -> list[Mapping[str, Any]]:
@@ -91,7 +100,8 @@ class TaskSearch:
         try:
             yield
         except AwsError as exc:
-            if self._given is not None or "Denied" not in exc.code:
+            is_other = "Denied" not in exc.code and exc.code != _NO_CLUSTER
+            if not self._may_be_denied or is_other:
                 raise
 
     async def _clusters(self) -> list[str]:
@@ -122,7 +132,7 @@ class TaskSearch:
                 )
             )
         except AwsError as exc:
-            if exc.code != "ClusterNotFoundException":
+            if exc.code != _NO_CLUSTER:
                 raise
             return []
         found = [each for answer in answers for each in answer["tasks"]]
@@ -174,6 +184,7 @@ class TaskSearch:
             "jobDefinition": task["taskDefinitionArn"],
             "status": _status(task, own),
             "statusReason": task.get("stoppedReason"),
+            "stopCode": task.get("stopCode"),
             "createdAt": _ms(task["createdAt"]),
             "startedAt": _ms(has_begun),
             "stoppedAt": _ms(task.get("stoppedAt")),

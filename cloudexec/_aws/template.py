@@ -13,6 +13,7 @@ from cloudexec._aws.names import (
     TAG_REGION,
     TAG_STACK,
 )
+from cloudexec._aws.template_tasks import task_statements
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
@@ -26,10 +27,9 @@ LOG_RETENTION_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 
 _RELAY_VCPUS = 4
 """Most vCPUs of all relays together. Each relay has a quarter of one."""
 _STACK = {"Ref": "AWS::StackName"}
+_NOTHING = {"Ref": "AWS::NoValue"}
 _BOUNDARY = {
-    "PermissionsBoundary": {
-        "Fn::If": ["Bounded", {"Ref": "PermissionsBoundary"}, {"Ref": "AWS::NoValue"}]
-    }
+    "PermissionsBoundary": {"Fn::If": ["Bounded", {"Ref": "PermissionsBoundary"}, _NOTHING]}
 }
 
 Json = dict[str, Any]
@@ -330,7 +330,8 @@ def _start_policy() -> Json:
 def _run_role() -> Json:
     """Return the role of `cloudexec run`, with the permissions that an executor's client needs.
 
-    It may pass on the roles of workers, but not itself, so that workers have fewer permissions.
+    It may pass on the roles of workers, so that workers have fewer permissions. It may pass on
+    itself only to tasks in the stack's cluster, if there is one: see ``task_statements``.
     """
 
     def arns(*names: str) -> list[Json]:
@@ -403,7 +404,8 @@ def _run_role() -> Json:
                         allow({"Fn::GetAtt": ["LogGroup", "Arn"]}, "logs:GetLogEvents"),
                         allow({"Ref": "KeySecret"}, "secretsmanager:GetSecretValue"),
                         pass_roles,
-                    )
+                    ),
+                    {"Fn::If": ["Fargate", _policy("tasks", *task_statements()), _NOTHING]},
                 ],
                 "Tags": _tags(anywhere=True),
             },
@@ -463,7 +465,8 @@ def _ec2() -> Json:
     resources = {
         "MinvCpus": 0,
         "MaxvCpus": {"Ref": "MaxVcpus"},
-        "InstanceTypes": ["optimal"],
+        # "optimal" stands for families without GPUs. AWS Batch API Reference, "ComputeResource".
+        "InstanceTypes": ["optimal", "g4dn"],
         "InstanceRole": {"Fn::GetAtt": ["InstanceProfile", "Arn"]},
         "Subnets": {"Ref": "SubnetIds"},
         "SecurityGroupIds": [{"Fn::GetAtt": ["SecurityGroup", "GroupId"]}],

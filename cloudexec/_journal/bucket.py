@@ -14,6 +14,7 @@ executor state, because that state includes secrets, which do not belong into a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -94,6 +95,7 @@ class BucketStore:
         self._id = secrets.token_hex(8)
         self._etag = ""
         self._is_lost = False
+        self._has_written = False
         self._renewing: asyncio.Task[None] | None = None
         # By key: the offset of the value in the local file, and the packed entry.
         self._index: dict[bytes, tuple[int, bytes]] = {}
@@ -135,8 +137,10 @@ class BucketStore:
 
     async def _open(self) -> None:
         await self._bucket.open()
-        await self._check_mark()
+        was_there = await self._check_mark()
         await self._take_lease()
+        if was_there:
+            await self._put_mark()
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
         segments: list[tuple[str, int, str]] = []
         programs: list[tuple[Any, str]] = []
@@ -157,8 +161,17 @@ class BucketStore:
         await self._load(sorted(segments))
         self.earlier = len(self._index)
 
-    async def _check_mark(self) -> None:
+    async def _check_mark(self) -> bool:
+        """Check that this is a journal, and say whether it was one before.
+
+        Raises:
+            JournalVersionError: If a newer version of cloudexec wrote it.
+            JournalError: If there are other objects.
+        """
         found = await self._read("journal")
+        if found is None:
+            # A rule of the bucket may have deleted the mark, and not yet what was written after it.
+            found = await self._read("lease")
         if found is None:
             listed = await self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
             if listed.get("KeyCount"):
@@ -166,9 +179,8 @@ class BucketStore:
                     f"{self.name} has other objects in it and is not a journal of cloudexec: give "
                     f"another prefix"
                 )
-            mark = json.dumps({"format": _MARK, "version": VERSION}).encode()
-            await self._call("put_object", "journal", Body=mark)
-            return
+            await self._put_mark()
+            return False
         try:
             mark = json.loads(found[0])
             is_ours, version = mark["format"] == _MARK, int(mark["version"])
@@ -182,12 +194,19 @@ class BucketStore:
                 f"up to {VERSION}: use the newer cloudexec that wrote it, or begin another journal",
                 version=version,
             )
+        return True
+
+    async def _put_mark(self) -> None:
+        """Write what says that this is a journal; anew, it outlives all that was written before."""
+        mark = json.dumps({"format": _MARK, "version": VERSION}).encode()
+        await self._call("put_object", "journal", Body=mark)
 
     # The lease.
 
     async def _put_lease(self, **condition: str) -> bool:
         """Write the lease under a condition on its current content; say whether we hold it now."""
-        body = json.dumps({**json.loads(whoami()), "id": self._id, "at": time.time()}).encode()
+        whose = {**json.loads(whoami()), "id": self._id, "at": time.time()}
+        body = json.dumps({**whose, "format": _MARK, "version": VERSION}).encode()
         try:
             answer = await self._call("put_object", "lease", Body=body, **condition)
         except AwsError as exc:
@@ -419,6 +438,7 @@ class BucketStore:
         sha256 = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
         name = f"segments/{time.time_ns():020d}-{len(data)}-{sha256.hex()}"
         await self._bucket.upload(name, lambda at, n: data[at : at + n], len(data), sha256)
+        self._has_written = True
 
     async def _put_object(self, key: bytes, blobs: list[memoryview], size: int) -> bytes:
         """Upload blobs as one object, and return the SHA-256 of its content."""
@@ -467,6 +487,9 @@ class BucketStore:
                 self._renewing.cancel()
                 await asyncio.gather(self._renewing, return_exceptions=True)
             if self._etag and not self._is_lost:
+                if self._has_written:
+                    with contextlib.suppress(CloudexecError):  # there is one, of an earlier time
+                        await self._put_mark()
                 await self._call("delete_object", "lease")
         finally:
             self._file.close()

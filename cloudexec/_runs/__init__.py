@@ -1,15 +1,22 @@
 """``cloudexec run``: a program on one machine in AWS, which outlives the client that started it.
 
 ``plan`` is what a run is, ``files`` what is sent along, ``bucket`` where that lies. A ``Place``
-(``places``, ``on_batch``) has the machine; ``runs`` is the client's side, ``inside`` the program on
-the machine, and ``run`` the interface for programs.
+(``places``) has the machine; ``runs`` is the client's side, ``inside`` the program on the machine,
+and ``run`` the interface for programs.
+
+Another place is a file like ``on_batch`` and ``on_fargate``, and a line in ``places``. Where its
+machines can be told as jobs, ``job_place`` finds, prices and ends them. A place that has no time
+limits and no further attempts leaves these to the machine (``succession``), and what it forgets is
+in the bucket (``known``).
 
 A run has a prefix of its own in the profile's bucket:
 
     cloudexec/runs/<name>/run.json       what is to be run
     cloudexec/runs/<name>/files.tar.gz   the files that were sent
     cloudexec/runs/<name>/variables-<start>.json  variables of the environment, until the end
-    cloudexec/runs/<name>/job-<start>.json        which job runs the program
+    cloudexec/runs/<name>/job-<start>.json        which job runs the program, which ones did so
+        before, and what those have cost that are forgotten soon
+    cloudexec/runs/<name>/stop-<start>.json       why there is to be no further attempt
     cloudexec/runs/<name>/started-<start>.json    when the first attempt began
     cloudexec/runs/<name>/outputs.json   names and digests of the files that came back so far
     cloudexec/runs/<name>/outputs/...    these files, at names that begin with their digests

@@ -20,7 +20,9 @@ from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.ending import insist
 from cloudexec._objects.s3 import Bucket
 from cloudexec._runs.files import Archive
+from cloudexec._runs.known import Known
 from cloudexec._runs.plan import RunPlan, RunResult, known
+from cloudexec._runs.renewal import copy_onto_itself
 
 __all__ = ["RENEW_EVERY", "OutputFile", "RunBucket", "file_digest", "list_names"]
 
@@ -214,15 +216,27 @@ class RunBucket:
 
     async def claim(self, start_id: str, job_id: str) -> str:
         """Write which job runs the program of a start, unless one is written; return that one."""
-        mine = json.dumps({"job_id": job_id}).encode()
+        mine = Known(job_id=job_id).to_json()
         if not await self._put(f"job-{start_id}.json", mine, is_new=True):
-            return await self.job_id(start_id) or job_id
+            return (await self.known(start_id)).job_id or job_id
         return job_id
 
-    async def job_id(self, start_id: str) -> str:
-        """Return which job runs the program of a start; empty: that is not written."""
-        data = await self._get(f"job-{start_id}.json")
-        return "" if data is None else str(json.loads(data)["job_id"])
+    async def known(self, start_id: str) -> Known:
+        """Return what is written of the jobs of a start."""
+        return Known.from_json(await self._get(f"job-{start_id}.json"))
+
+    async def put_known(self, start_id: str, known: Known) -> None:
+        """Write what is known of the jobs of a start: only its machine does so while it runs."""
+        await self._put(f"job-{start_id}.json", known.to_json())
+
+    async def put_stop(self, start_id: str, reason: str) -> None:
+        """Write that no further attempt is to run the program of a start."""
+        await self._put(f"stop-{start_id}.json", json.dumps({"reason": reason}).encode())
+
+    async def stop_reason(self, start_id: str) -> str:
+        """Return why no further attempt is to run the program of a start; empty: one may."""
+        data = await self._get(f"stop-{start_id}.json")
+        return "" if data is None else str(json.loads(data)["reason"])
 
     async def first_start(self, start_id: str) -> float:
         """Return when the first attempt began, in Unix time: now, if this is the first one."""
@@ -252,30 +266,22 @@ class RunBucket:
             await self.upload("files.tar.gz", archive, plan.files_bytes, digest)
         turns = asyncio.Semaphore(_AT_ONCE)
 
-        async def copy(key: str) -> None:
+        async def copy(key: str, size: int) -> None:
             async with turns:
-                # S3 copies an object onto itself only if something about it is new.
-                await self._clients.call(
-                    "s3",
-                    "copy_object",
-                    Bucket=self._name,
-                    Key=key,
-                    CopySource={"Bucket": self._name, "Key": key},
-                    MetadataDirective="REPLACE",
-                    ServerSideEncryption="AES256",
-                )
+                await copy_onto_itself(self._clients, self._name, key, size)
 
         newest = time.time() - older_than
         journal = f"{self.prefix}journal/"
         old = [
-            str(each["Key"])
+            (str(each["Key"]), int(each["Size"]))
             async for each in self._clients.pages(
                 "s3", "list_objects_v2", "Contents", Bucket=self._name, Prefix=journal
             )
             # The lease of the journal is written by the program all the time.
             if each["LastModified"].timestamp() < newest and each["Key"] != f"{journal}lease"
         ]
-        for result in await asyncio.gather(*map(copy, old), return_exceptions=True):
+        copies = (copy(key, size) for key, size in old)
+        for result in await asyncio.gather(*copies, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._errors import AwsError
-from cloudexec._runs.places import Place, has_place, place_named
+from cloudexec._errors import AwsError, CloudexecError
+from cloudexec._runs.bucket import RunBucket
+from cloudexec._runs.known import Known
+from cloudexec._runs.places import MachineState, Place, has_place, place_named
 from cloudexec._runs.plan import RunPlan
 
 __all__ = ["Budget"]
@@ -22,15 +25,27 @@ class Budget:
     Args:
         clients: Calls to AWS.
         plan: Of the run, with its ceiling.
+        bucket: Is told of jobs that AWS forgets soon; ``None``: nobody is.
+        every: Seconds between two looks.
     """
 
-    def __init__(self, clients: AwsClients, plan: RunPlan, *, every: float = _EVERY) -> None:
+    def __init__(
+        self,
+        clients: AwsClients,
+        plan: RunPlan,
+        bucket: RunBucket | None = None,
+        *,
+        every: float = _EVERY,
+    ) -> None:
         profile = plan.profile_inside()
         # A newer release may have started it in another place.
         if profile is not None and has_place(plan.on):
-            self._place: Place | None = place_named(plan.on, clients, profile)
+            self.place: Place | None = place_named(plan.on, clients, profile)
         else:
-            self._place = None
+            self.place = None
+        self.known = Known()
+        """What the bucket has of the run's jobs; of those that AWS forgets soon, what they cost."""
+        self._bucket = bucket
         self._plan = plan
         self._every = every
 
@@ -44,31 +59,54 @@ class Budget:
     async def exceeded(self) -> str:
         """Say that the ceiling is reached; empty: it is not, or there is none."""
         most = self._plan.max_cost_usd
-        if most is None or self._place is None:
+        # Without a ceiling, only what AWS would forget is looked at.
+        if most is None and (self.place is None or self.place.tries_again):
             return ""
-        try:
-            found = (await self._place.find([self._plan])).get(self._plan.name)
-        except AwsError:
-            return ""  # the machine's own time limit holds in any case
-        if found is None or found.cost_usd + found.workers_usd < most:
+        found = await self._look()
+        if most is None or found is None or found.cost_usd + found.workers_usd < most:
             return ""
         return (
             f"it was ended as it has cost ${found.cost_usd:.4f}, and its workers "
             f"${found.workers_usd:.4f}: that is the ceiling of ${most:g} (--max-cost)"
         )
 
+    async def _look(self) -> MachineState | None:
+        """Look at the run's jobs; ``None``: AWS does not answer, or does not know them.
+
+        The machine's own time limit holds in any case.
+        """
+        if self.place is None:
+            return None
+        try:
+            found = (await self.place.find([self._plan], {self._plan.name: self.known})).get(
+                self._plan.name
+            )
+        except AwsError:
+            return None
+        if found is not None:
+            await self._write_down(found)
+        return found
+
+    async def _write_down(self, found: MachineState) -> None:
+        """Write what jobs have cost that AWS forgets soon, when one more of them has ended."""
+        ended = {key for key, each in found.known.costs.items() if each.has_ended}
+        is_new = not ended <= {key for key, each in self.known.costs.items() if each.has_ended}
+        self.known = replace(self.known, costs=found.known.costs)
+        if is_new and self._bucket is not None:
+            with contextlib.suppress(CloudexecError):  # the next one that ends is another occasion
+                await self._bucket.put_known(self._plan.start_id, self.known)
+
     async def settle(self) -> float:
         """End workers of executors that have not done so, as nobody would; say what workers cost.
 
         That is as much as is known, if AWS does not answer.
         """
-        if self._place is None:
+        found = await self._look()
+        if found is None or self.place is None:
             return 0.0
-        name = self._plan.name
-        found = None
-        with contextlib.suppress(AwsError):
-            found = (await self._place.find([self._plan])).get(name)
-            if found is not None and found.workers:
-                reason = f"cloudexec: the run {name} does not need it any more"
-                await self._place.stop(name, reason, workers_only=True)
-        return 0.0 if found is None else found.workers_usd
+        if found.workers:
+            name = self._plan.name
+            reason = f"cloudexec: the run {name} does not need it any more"
+            with contextlib.suppress(AwsError):
+                await self.place.stop(name, reason, workers_only=True)
+        return found.workers_usd

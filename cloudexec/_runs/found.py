@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cloudexec._aws.job_details import required_time
 from cloudexec._runs.info import RunInfo
+from cloudexec._runs.known import Known
 from cloudexec._runs.places import MachineState, has_place
 from cloudexec._runs.plan import RunPlan, RunResult
 
@@ -32,6 +34,8 @@ class Found:
     plan: RunPlan
     machine: MachineState | None
     result: RunResult | None
+    known: Known = field(default_factory=Known)
+    """What the bucket has of its jobs."""
 
     @property
     def exit_code(self) -> int | None:
@@ -51,7 +55,10 @@ class Found:
             age = time.time() - self.plan.created_at
             if age > _REMEMBERED or not has_place(self.plan.on):
                 return "unknown"
-            return "preparing" if age < _PREPARING else "not started"
+            if age < _PREPARING:
+                return "preparing"
+            # It had a machine of which nobody has seen the end.
+            return "unknown" if self.known.job_id else "not started"
         if self.machine is not None and self.machine.phase != "ended":
             return self.machine.phase
         if self.result is not None and self.result.is_final:
@@ -74,9 +81,15 @@ class Found:
         cost = 0.0 if machine is None else machine.cost_usd
         workers = 0.0 if machine is None else machine.workers_usd
         if machine is None and result is not None:
-            # AWS Batch has forgotten the job.
+            # Its place has forgotten the job.
+            last = self.known.attempts[-1:]
+            before = [
+                each for key, each in self.known.costs.items() if each.is_own and key not in last
+            ]
             seconds = result.ended_at - result.started_at
-            cost, workers = seconds / 3600 * plan.per_hour_usd, result.workers_usd
+            cost = seconds / 3600 * plan.per_hour_usd + math.fsum(each.usd for each in before)
+            seconds += math.fsum(each.seconds for each in before)
+            workers = result.workers_usd
         reason = "" if machine is None else machine.reason
         reason = self._said or reason
         return RunInfo(

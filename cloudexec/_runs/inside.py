@@ -25,8 +25,10 @@ from typing import NoReturn
 
 from cloudexec._errors import CloudexecError
 from cloudexec._runs.protocol import (
+    ATTEMPT_VARIABLE,
     EXIT_FILES_LOST,
     EXIT_NOT_RUN,
+    INTERRUPTED,
     REGION_VARIABLE,
     RUN_VARIABLE,
     START_VARIABLE,
@@ -40,6 +42,7 @@ try:
     from cloudexec._runs.files import unpack
     from cloudexec._runs.outputs import Outputs
     from cloudexec._runs.plan import RunPlan, RunResult
+    from cloudexec._runs.succession import Succession, succession_of
 except ImportError as exc:
     print(
         f"cloudexec: the image has no {exc.name}, which a run needs. Give --packages here, or push "
@@ -61,7 +64,6 @@ _RESERVE = 30.0
 back."""
 _PATIENCE = 120.0
 """Seconds for which the bucket may not be reached: nobody else knows how the program ended."""
-_INTERRUPTED = 143
 _NAMED = 5
 """Files that a message names."""
 
@@ -96,35 +98,53 @@ async def _run(where: str, region: str, start_id: str) -> int:
         if why := await _is_too_many(bucket, plan, start_id):
             _say(f"{why}: this one does not run it")
             return EXIT_NOT_RUN
-        budget = Budget(clients, plan)
-        result = await _earlier_result(bucket, plan)
+        budget = Budget(clients, plan, bucket)
+        variables = {RUN_VARIABLE: where, REGION_VARIABLE: region, START_VARIABLE: start_id}
+        succession = succession_of(bucket, plan, budget, variables, _attempt())
+        if succession is not None:
+            await succession.begin()
+        result = await _earlier_result(bucket, plan, succession)
         if result is not None:
             await _settle(budget)
         else:
-            began = time.time()
-            try:
-                result = await _Machine(bucket, plan, budget).run()
-            except Exception as exc:
-                # Whatever it was, the client is to learn of it.
-                if not isinstance(exc, (CloudexecError, OSError, tarfile.TarError)):
-                    traceback.print_exc()
-                result = RunResult(exit_code=EXIT_NOT_RUN, reason=f"it could not be run: {exc}")
-                _say(result.reason)
-            result = replace(
-                result,
-                start_id=plan.start_id,
-                started_at=began,
-                ended_at=time.time(),
-                attempt=_attempt(),
-            )
-            await _put_result(bucket, result)
-            if workers_usd := await _settle(budget):
-                await _put_result(bucket, replace(result, workers_usd=workers_usd))
+            result = await _run_here(bucket, plan, budget, succession)
         if result.is_final:
             with contextlib.suppress(CloudexecError):
                 await bucket.forget_variables(plan.start_id)
             print(f"{last_line(plan.name)}, with exit code {result.exit_code}", flush=True)
         return result.exit_code
+
+
+async def _run_here(
+    bucket: RunBucket, plan: RunPlan, budget: Budget, succession: Succession | None
+) -> RunResult:
+    """Run the program once, and say in the bucket how it ended."""
+    began = time.time()
+    try:
+        result = await _Machine(bucket, plan, budget, succession).run()
+    except Exception as exc:
+        # Whatever it was, the client is to learn of it.
+        if not isinstance(exc, (CloudexecError, OSError, tarfile.TarError)):
+            traceback.print_exc()
+        result = RunResult(exit_code=EXIT_NOT_RUN, reason=f"it could not be run: {exc}")
+        _say(result.reason)
+    result = replace(
+        result,
+        start_id=plan.start_id,
+        started_at=began,
+        ended_at=time.time(),
+        attempt=_attempt(),
+    )
+    await _put_result(bucket, result)
+    if workers_usd := await _settle(budget):
+        result = replace(result, workers_usd=workers_usd)
+        await _put_result(bucket, result)
+    if succession is not None and not result.is_final:
+        result = await succession.after(result)
+        if result.is_final:
+            _say(result.reason)
+            await _put_result(bucket, result)
+    return result
 
 
 async def _is_too_many(bucket: RunBucket, plan: RunPlan, start_id: str) -> str:
@@ -137,12 +157,21 @@ async def _is_too_many(bucket: RunBucket, plan: RunPlan, start_id: str) -> str:
     return ""
 
 
-async def _earlier_result(bucket: RunBucket, plan: RunPlan) -> RunResult | None:
+async def _earlier_result(
+    bucket: RunBucket, plan: RunPlan, succession: Succession | None
+) -> RunResult | None:
     """Return how the program ended, if it did so in an earlier attempt, or the run was stopped.
 
     AWS may take a machine back just after that, and starts another attempt then.
     """
     result = await bucket.result(plan.start_id)
+    if succession is not None and (reason := await succession.stopped()):
+        _say(f"the run was {reason}, and the program is not run")
+        result = RunResult(
+            exit_code=EXIT_NOT_RUN, reason=reason, start_id=plan.start_id, was_stopped=True
+        )
+        await _put_result(bucket, result)
+        return result
     if result is None or not result.is_final:
         return None
     if result.was_stopped:
@@ -172,7 +201,8 @@ async def _put_result(bucket: RunBucket, result: RunResult) -> None:
 
 
 def _attempt() -> int:
-    return int(os.environ.get("AWS_BATCH_JOB_ATTEMPT") or 1)
+    found = os.environ.get("AWS_BATCH_JOB_ATTEMPT") or os.environ.get(ATTEMPT_VARIABLE)
+    return int(found or 1)
 
 
 class _Machine:
@@ -182,12 +212,20 @@ class _Machine:
         bucket: What the bucket has of the run.
         plan: What is to be run.
         budget: What the run has cost.
+        succession: Ends this process in time; ``None``: AWS does so.
     """
 
-    def __init__(self, bucket: RunBucket, plan: RunPlan, budget: Budget) -> None:
+    def __init__(
+        self,
+        bucket: RunBucket,
+        plan: RunPlan,
+        budget: Budget,
+        succession: Succession | None = None,
+    ) -> None:
         self._bucket = bucket
         self._plan = plan
         self._budget = budget
+        self._succession = succession
         self._was_told = asyncio.Event()
         self._has_ended = asyncio.Event()
         self._was_interrupted = False
@@ -211,6 +249,8 @@ class _Machine:
             reason = f"its time limit of {plan.max_seconds} s was over before attempt {_attempt()}"
             _say(reason)
             return RunResult(exit_code=EXIT_NOT_RUN, reason=reason)
+        if self._succession is not None:
+            self._succession.end_after(left)
         # So that the files come back; a limit of a minute or so leaves less for that.
         limit = max(left - _RESERVE, left / 2)
         with tempfile.TemporaryDirectory(
@@ -318,11 +358,11 @@ class _Machine:
                 os.killpg(process.pid, signal.SIGKILL)
         code = await ending
         if self._was_interrupted:
-            return _INTERRUPTED  # whatever it made of it: another attempt may have to follow
+            return INTERRUPTED  # whatever it made of it: another attempt may have to follow
         if code == -signal.SIGKILL and not self._reason:
             self._reason = "it was killed by SIGKILL, most likely since memory ran out"
         if code == 0 and self._reason:
-            return _INTERRUPTED
+            return INTERRUPTED
         return 128 - code if code < 0 else code
 
     async def _end(self, process: Process, ending: asyncio.Future[int]) -> None:

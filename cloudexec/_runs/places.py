@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import import_module
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from cloudexec._aws.limits import WorkerSize
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._pricing import WorkerPrice
+from cloudexec._runs.known import Known
 from cloudexec._runs.plan import RunPlan
 
 __all__ = [
@@ -24,10 +25,21 @@ __all__ = [
     "StillRunning",
     "has_place",
     "place_named",
+    "place_names",
 ]
 
-_NONE: Mapping[str, str] = MappingProxyType({})
-_PLACES: Mapping[str, str] = {"batch": "cloudexec._runs.on_batch:OnBatch"}
+_NONE: Mapping[str, Known] = MappingProxyType({})
+_PLACES: Mapping[str, str] = {
+    "batch": "cloudexec._runs.on_batch:OnBatch",
+    "fargate": "cloudexec._runs.on_fargate:OnFargate",
+}
+_ELSEWHERE: Mapping[str, str] = {
+    "ec2": (
+        "runs do not start EC2 instances themselves: with the queues of `cloudexec up --ec2`, "
+        "--on batch runs on EC2 what needs GPUs or is too large for Fargate"
+    ),
+}
+"""Names that people may expect, and what they can do instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +95,12 @@ class MachineState:
     workers: int = 0
     """Jobs of such executors that have not ended."""
     is_estimate: bool = False
+    was_reclaimed: bool = False
+    """Whether AWS took it back, so that another attempt may follow."""
+    is_remembered: bool = False
+    """Whether this comes from the bucket, as the place has forgotten the machine."""
+    known: Known = field(default_factory=Known)
+    """What the bucket has of the jobs of the run, with what was seen now."""
 
 
 class StillRunning(AwsError):
@@ -99,7 +117,21 @@ class Place(Protocol):
     """Has machines for runs, in one account and region.
 
     Each method may raise ``AwsError`` if AWS refuses, or cannot be reached.
+
+    Attributes:
+        title: What people call it.
+        tries_again: Whether it starts another attempt itself if it takes a machine back. Otherwise
+            the machine does so when it is told to stop, and each attempt has a job of its own.
+        remembers: Seconds for which it knows a machine that has ended. After that, only the bucket
+            says how it ended.
+        launcher: Name of the launcher of an executor in the run that is to use the profile, and
+            says no more; empty: ``Batch()``, as everywhere.
     """
+
+    title: str
+    launcher: str
+    tries_again: bool
+    remembers: float
 
     def choose(self, request: MachineRequest) -> Machine:
         """Return the least machine that is enough.
@@ -108,11 +140,16 @@ class Place(Protocol):
             ConfigError: If there is none, or the profile does not provide it.
         """
 
-    async def start(self, plan: RunPlan, variables: Mapping[str, str]) -> str:
+    async def start(self, plan: RunPlan, variables: Mapping[str, str], *, attempt: int = 1) -> str:
         """Start a machine that runs the image with some variables; once, whatever happens.
 
-        The place ends it after ``plan.max_seconds``, and starts it again if it takes it back. If
-        this is cancelled, a machine that it has asked for is ended first.
+        It ends after ``plan.max_seconds``, by the place or by itself. If this is cancelled, a
+        machine that it has asked for is ended first.
+
+        Args:
+            plan: What is to be run.
+            variables: Of the machine's environment.
+            attempt: Its number; only the first one where the place itself ``tries_again``.
 
         Returns:
             The ``job_id`` of the machine.
@@ -122,7 +159,7 @@ class Place(Protocol):
         """
 
     async def find(
-        self, plans: Sequence[RunPlan], job_ids: Mapping[str, str] = _NONE
+        self, plans: Sequence[RunPlan], known: Mapping[str, Known] = _NONE
     ) -> dict[str, MachineState]:
         """Say how the machines of runs are, by the runs' names.
 
@@ -130,8 +167,8 @@ class Place(Protocol):
 
         Args:
             plans: Of the runs.
-            job_ids: Machines that are known to run their programs, by the runs' names. They are
-                found also where the place does not list them yet.
+            known: What the bucket has of their jobs, by the runs' names. Machines that it names
+                are found also where the place does not list them yet.
         """
 
     async def look(self, plan: RunPlan, state: MachineState) -> MachineState:
@@ -159,6 +196,11 @@ class Place(Protocol):
         """End one machine, and nothing else."""
 
 
+def place_names() -> list[str]:
+    """Return the names that ``--on`` takes."""
+    return sorted(_PLACES)
+
+
 def has_place(name: str) -> bool:
     """Say whether this release knows a place."""
     return name in _PLACES
@@ -171,7 +213,10 @@ def place_named(name: str, clients: AwsClients, profile: Profile) -> Place:
         ConfigError: If there is none of that name.
     """
     if name not in _PLACES:
-        raise ConfigError(f"on must be one of {', '.join(sorted(_PLACES))}, not {name!r}")
+        known = " or ".join(sorted(_PLACES))
+        if hint := _ELSEWHERE.get(name, ""):
+            raise ConfigError(f"--on {name} is not possible, only {known}: {hint}")
+        raise ConfigError(f"on must be {known}, not {name!r}")
     module, _, kind = _PLACES[name].partition(":")
     place: Place = getattr(import_module(module), kind)(clients, profile)
     return place

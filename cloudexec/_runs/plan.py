@@ -76,6 +76,8 @@ class RunPlan:
     project: str = ""
     created_at: float = field(default_factory=time.time)
     """Unix time."""
+    role: str = ""
+    """ARN of the program's role, for a machine that starts the next attempt itself."""
     start_id: str = ""
     """Of this start: another one of the same name, such as with ``--resume``, has another one."""
     region: str = ""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "ATTEMPT_VARIABLE",
     "EXIT_FILES_LOST",
     "EXIT_NOT_RUN",
+    "INTERRUPTED",
     "REGION_VARIABLE",
     "RUN_VARIABLE",
     "START_VARIABLE",
+    "TIME_IS_UP",
     "last_line",
 ]
 
@@ -16,6 +19,12 @@ RUN_VARIABLE = "CLOUDEXEC_RUN_AT"
 REGION_VARIABLE = "CLOUDEXEC_RUN_REGION"
 START_VARIABLE = "CLOUDEXEC_RUN_START"
 """Id of the start for which the job was submitted."""
+ATTEMPT_VARIABLE = "CLOUDEXEC_RUN_IS_ATTEMPT"
+"""Number of the attempt, where the place of the run has no variable of its own for it."""
+TIME_IS_UP = 142
+"""Exit code of a machine that has ended itself by SIGALRM, as its time limit was over."""
+INTERRUPTED = 143
+"""Exit code of an attempt that was told to stop."""
 EXIT_NOT_RUN = 125
 """Exit code if the program could not be started, as of ``docker run``."""
 

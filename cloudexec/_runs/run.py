@@ -266,7 +266,9 @@ class Run:
             yield from look.lines
 
     def stop(self) -> None:
-        """End it, with the workers of executors in it. SIGKILL follows SIGTERM after 30 seconds.
+        """End it, with the workers of executors in it.
+
+        SIGKILL follows SIGTERM after 30 seconds, and after 120 on Fargate without AWS Batch.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cloudexec._launchers.aws.image import find_image
 from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
 from cloudexec._runs.found import KILLED, Found, Look, Position
+from cloudexec._runs.known import Known, KnownEnd
 from cloudexec._runs.places import (
     MachineRequest,
     MachineState,
@@ -51,10 +53,13 @@ _LONGEST = 14 * _DAY
 """Fargate promises no more. AWS Batch User Guide, "Job timeouts"."""
 _PULL_SECONDS = 60.0
 """What the download of an image may take, which is paid for and not counted by a time limit."""
+_UNLISTED = 300.0
+"""Seconds for which the list of a place may lack the next attempt of a run."""
 _PAGES = 20
 """Pages of a log that are read at a time, so that what is there is shown soon."""
 _MISSING_LOG = "ResourceNotFoundException"
 _PROFILE = "CLOUDEXEC_PROFILE"
+_LAUNCHER = "CLOUDEXEC_LAUNCHER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +166,11 @@ class AsyncRuns:
             report=report,
         )
         profile_inside = _profile_inside(self._profile, image, request.machine.arch)
+        values = dict(request.variables)
+        if values.get(_PROFILE, "") not in ("", "local"):
+            values[_PROFILE] = profile_inside.name  # there is no other one on the machine
+            if place.launcher:
+                values.setdefault(_LAUNCHER, place.launcher)
         plan = RunPlan(
             name=name,
             kind=request.kind,
@@ -169,7 +179,7 @@ class AsyncRuns:
             python_path=tuple(files.python_path),
             outputs=outputs,
             output_folders=check_output_folders(request.outputs, files.files),
-            variables=tuple(sorted(request.variables)),
+            variables=tuple(sorted(values)),
             on=request.on,
             vcpus=machine.size.vcpus,
             memory_mib=machine.size.memory_mib,
@@ -183,13 +193,11 @@ class AsyncRuns:
             per_hour_usd=machine.price.per_hour,
             user=user_name(),
             project=request.project or self._profile.project,
+            role=self._profile.run_role,
             start_id=new_start_id(),
             region=self._clients.region,
             profile=asdict(profile_inside),
         )
-        values = dict(request.variables)
-        if values.get(_PROFILE, "") not in ("", "local"):
-            values[_PROFILE] = profile_inside.name  # there is no other one on the machine
         bucket = self.bucket(name)
         with packed(files) as archive:
             if archive is not None:
@@ -261,13 +269,54 @@ class AsyncRuns:
         """
         bucket = self.bucket(name)
         plan = await bucket.plan()
-        result, job_id = await asyncio.gather(
-            bucket.result(plan.start_id), bucket.job_id(plan.start_id)
+        result, known = await asyncio.gather(
+            bucket.result(plan.start_id), bucket.known(plan.start_id)
         )
-        machines = await self._place(plan.on).find([plan], {name: job_id} if job_id else {})
-        found = Found(plan, machines.get(name), result)
-        await self._forget_variables_of_ended([found])
+        machines = await self._place(plan.on).find([plan], {name: known})
+        found = self._found(plan, machines.get(name), result, known)
+        await self._note_ends([found])
         return found
+
+    def _found(
+        self, plan: RunPlan, machine: MachineState | None, result: RunResult | None, known: Known
+    ) -> Found:
+        """Return a run; between two attempts that are jobs of their own, it waits for the next."""
+        is_final = result is not None and result.is_final
+        if machine is not None and machine.was_reclaimed and not is_final:
+            ended_at = machine.stopped_at or machine.created_at
+            age = (datetime.now(UTC) - ended_at).total_seconds()
+            is_own_job = machine.phase == "ended" and not self._place(plan.on).tries_again
+            # The next attempt may not be listed yet.
+            if is_own_job and age < _UNLISTED:
+                machine = replace(machine, phase="waiting")
+        return Found(plan, machine, result, known)
+
+    async def _note_ends(self, runs: Sequence[Found]) -> None:
+        """Do what runs that have ended could not do themselves."""
+        await self._forget_variables_of_ended(runs)
+        for each in runs:
+            await self._remember(each)
+
+    async def _remember(self, found: Found) -> None:
+        """Write how a machine ended that has not said so, if its place forgets that soon."""
+        machine, result = found.machine, found.result
+        if machine is None or machine.phase != "ended" or machine.is_remembered:
+            return
+        if (result is not None and result.is_final) or found.known.end is not None:
+            return
+        if self._place(found.plan.on).remembers >= _DAY:
+            return
+        end = KnownEnd(
+            created_at=machine.created_at,
+            started_at=machine.started_at,
+            stopped_at=machine.stopped_at,
+            exit_code=machine.exit_code,
+            reason=machine.reason,
+            was_stopped=machine.was_stopped,
+        )
+        known = replace(machine.known.begun_by(machine.job_id), end=end)
+        with contextlib.suppress(AwsError):  # the next look tries again
+            await self.bucket(found.plan.name).put_known(found.plan.start_id, known)
 
     async def _forget_variables_of_ended(self, runs: Sequence[Found]) -> None:
         """Delete variables of runs that have ended and could not do so themselves."""
@@ -292,14 +341,13 @@ class AsyncRuns:
         """Return all runs that the bucket knows, the newest first."""
         names = await list_names(self._clients, self._profile.bucket, limit)
 
-        job_ids: dict[str, str] = {}
+        known: dict[str, Known] = {}
 
         async def read(name: str) -> tuple[RunPlan, RunResult | None] | None:
             bucket = RunBucket(self._clients, self._profile.bucket, name)
             try:
                 plan = await bucket.plan()
-                if job_id := await bucket.job_id(plan.start_id):
-                    job_ids[name] = job_id
+                known[name] = await bucket.known(plan.start_id)
                 return plan, await bucket.result(plan.start_id)
             except ConfigError:
                 return None  # it has been deleted meanwhile, or is of a newer release
@@ -309,12 +357,15 @@ class AsyncRuns:
         # A newer release may have started runs in other places.
         for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
             there = [plan for plan, _ in read_ if plan.on == on]
-            known = {each.name: job_ids[each.name] for each in there if each.name in job_ids}
-            machines |= await self._place(on).find(there, known)
-        found = [Found(plan, machines.get(plan.name), result) for plan, result in read_]
+            known_there = {each.name: known[each.name] for each in there}
+            machines |= await self._place(on).find(there, known_there)
+        found = [
+            self._found(plan, machines.get(plan.name), result, known[plan.name])
+            for plan, result in read_
+        ]
         # A run that goes on is written anew now and then, and is listed as if it were new.
         found.sort(key=lambda each: each.plan.created_at, reverse=True)
-        await self._forget_variables_of_ended(found)
+        await self._note_ends([each for each in found if has_place(each.plan.on)])
         return found
 
     async def why(self, found: Found) -> str:
@@ -325,7 +376,8 @@ class AsyncRuns:
         if found.result is not None and found.result.is_final:
             return found.result.reason
         if found.machine is None:
-            return "AWS Batch does not know its job (any more)"
+            title = self._place(found.plan.on).title
+            return f"{title} does not know its machine (any more), and the machine has not said how"
         return await self._place(found.plan.on).why(found.machine)
 
     async def look(self, found: Found, position: Position) -> Look:
@@ -338,7 +390,10 @@ class AsyncRuns:
         machine = found.machine
         assert machine is not None
         # First the machine: what it printed before it ended is then read.
-        machine = await self._place(found.plan.on).look(found.plan, machine)
+        place = self._place(found.plan.on)
+        machine = await place.look(found.plan, machine)
+        if machine.was_reclaimed and machine.phase == "ended" and not place.tries_again:
+            machine = (await self.find(found.plan.name)).machine or machine  # of the next attempt
         lines: list[str] = []
         tokens = dict(position.tokens)
         streams = machine.streams[position.first :]
@@ -408,12 +463,30 @@ class AsyncRuns:
                 exit_code=EXIT_NOT_RUN, reason=reason, start_id=start_id, was_stopped=True
             )
             await bucket.put_result(result, is_new=True)
-        job_id = await bucket.job_id(start_id)
-        count = await self._place(found.plan.on).stop(name, reason, job_id)
+        place = self._place(found.plan.on)
+        if not place.tries_again:
+            # A machine that starts the next attempt just now looks for this.
+            await bucket.put_stop(start_id, reason)
+        known = await bucket.known(start_id)
+        count = await place.stop(name, reason, known.job_id)
         if found.plan.variables:
             # No other attempt follows that would need them.
             await bucket.forget_variables(start_id)
         return count
+
+    async def note_stop(self, name: str, stopped: Container[str], reason: str) -> None:
+        """Write that a run is to have no other attempt, if its machine is about to be stopped.
+
+        Args:
+            name: Of the run.
+            stopped: Ids of the jobs that are stopped. Another stack may have a run of that name.
+            reason: Why.
+        """
+        bucket = self.bucket(name)
+        plan = await bucket.plan()
+        known = await bucket.known(plan.start_id)
+        if known.job_id in stopped:
+            await bucket.put_stop(plan.start_id, reason)
 
     async def settle(self, found: Found) -> str:
         """End workers of executors in a run whose machine has died before it could do so.
@@ -450,6 +523,16 @@ class AsyncRuns:
         """Bring the files that a run has written so far into a folder: see ``RunBucket.fetch``."""
         bucket = self.bucket(name)
         return await bucket.fetch(folder, (await bucket.plan()).outputs, report)
+
+    async def why_no_files(self, name: str) -> str:
+        """Say why a run has no files that could be fetched."""
+        outputs = (await self.bucket(name).plan()).outputs
+        if not outputs:
+            return (
+                f"the run {name} has no files: it was started without --outputs, which names the "
+                f"folders whose files come back"
+            )
+        return f"the run {name} has not written any files into {', '.join(outputs)} (yet)"
 
     async def delete(self, name: str) -> int:
         """Delete what the bucket has of a run.

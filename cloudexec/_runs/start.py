@@ -32,6 +32,7 @@ class Start:
         self._place = place
         self._plan = plan
         self._creating: asyncio.Future[bool] | None = None
+        self._claiming: asyncio.Future[str] | None = None
         self._job_id = ""
 
     async def create(self, *, resumes: bool) -> bool:
@@ -56,7 +57,10 @@ class Start:
         self._job_id = await self._place.start(plan, variables)
         # Without what follows, the run is found in the list of AWS Batch, and by its machine.
         with contextlib.suppress(AwsError):
-            if await bucket.claim(plan.start_id, self._job_id) != self._job_id:
+            # Interrupted in the middle of it, what is written must not come after all is deleted.
+            claim = bucket.claim(plan.start_id, self._job_id)
+            self._claiming = asyncio.ensure_future(claim)
+            if await asyncio.shield(self._claiming) != self._job_id:
                 # The answer to an earlier request was lost, and its job has begun.
                 extra, self._job_id = self._job_id, ""
                 reason = f"cloudexec: the run {plan.name} has another job already"
@@ -81,6 +85,8 @@ class Start:
         if isinstance(exc, StillRunning):
             return  # it is to be found
         plan, bucket = self._plan, self._bucket
+        if self._claiming is not None:
+            await asyncio.gather(self._claiming, return_exceptions=True)
         is_new = False
         if self._creating is not None:
             (created,) = await asyncio.gather(self._creating, return_exceptions=True)

@@ -40,21 +40,27 @@ def cost_command(
     if not report.executors:
         click.echo("No executors.")
     else:
-        rows = [
-            (
-                each.executor,
-                each.user,
-                each.project,
-                since(each.created_at),
-                f"{each.runs:,}",
-                duration(each.run_seconds),
-                f"{each.vcpu_hours:,.2f}",
-                f"{each.gib_hours:,.2f}",
-                usd(each.cost_usd, is_estimate=each.is_estimate),
-                usd(each.per_hour_usd, is_estimate=each.is_estimate) if each.per_hour_usd else "",
+        rows = []
+        for each in report.executors:
+            rows.append(
+                (
+                    each.executor,
+                    each.user,
+                    each.project,
+                    since(each.created_at),
+                    f"{each.runs:,}",
+                    duration(each.run_seconds),
+                    f"{each.vcpu_hours:,.2f}",
+                    f"{each.gib_hours:,.2f}",
+                    usd(each.cost_usd - each.relay_usd, is_estimate=each.is_estimate),
+                    usd(each.per_hour_usd, is_estimate=each.is_estimate)
+                    if each.per_hour_usd
+                    else "",
+                )
             )
-            for each in report.executors
-        ]
+            if each.relay_seconds:
+                ran, cost = duration(each.relay_seconds), usd(each.relay_usd)
+                rows.append(("  its relay", "", "", "", "", ran, "", "", cost, ""))
         if len(rows) > 1:
             rows.append(
                 (

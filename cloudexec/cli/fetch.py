@@ -51,6 +51,8 @@ def fetch_command(run: str, folder: Path, deletes: bool, profile: str | None) ->
         files = client.call(client.runs.fetch(run, where, report if deletes else None))
         for each in files:
             click.echo(str(folder / each.path))
+        if not files and not lost:
+            click.echo(client.call(client.runs.why_no_files(run)), err=True)
         if deletes:
             count = client.call(client.runs.delete(run))
             click.echo(f"deleted {count:,} objects of the run {run}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from cloudexec._aws.records import ExecutorInfo
 from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
 
 
@@ -16,11 +17,11 @@ from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
 def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: bool) -> None:
     """Show executors that have jobs in AWS Batch, no matter who started them, and on which machine.
 
-    COST is what their workers have cost so far, by list prices; "~" marks an estimate. EXPIRES is
-    the time after which the last of their workers has reached its time limit.
+    COST is what their workers and relays have cost so far, by list prices; "~" marks an estimate.
+    EXPIRES is the time after which the last of them has reached its time limit.
     """
     from cloudexec._aws.monitor import Monitor
-    from cloudexec.cli._table import Column, memory, show, since, until, usd, workers
+    from cloudexec.cli._table import Column, memory, show, since, until, usd
 
     with Monitor(profile, region) as monitor:
         executors = monitor.executors(active=None if is_all else True)
@@ -49,7 +50,7 @@ def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: b
                 each.user,
                 each.project,
                 since(each.created_at),
-                workers(dict(each.workers)),
+                _counts(each),
                 f"{each.vcpus:,g}" if each.vcpus else "",
                 memory(each.memory_mib) if each.memory_mib else "",
                 usd(each.cost_usd, is_estimate=each.is_estimate),
@@ -74,3 +75,12 @@ def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: b
                 f"that still wait.",
                 err=True,
             )
+
+
+def _counts(executor: ExecutorInfo) -> str:
+    """Say how many workers are in which state, and how many relays there are."""
+    from cloudexec.cli._table import workers
+
+    count = executor.relays
+    relays = f"{count} relay{'' if count == 1 else 's'}" if count else ""
+    return ", ".join(filter(None, (workers(dict(executor.workers)), relays)))

@@ -101,7 +101,13 @@ def _variables(
 @click.option("--gpu", "gpus", type=int, default=0, metavar="N", help="GPUs, on EC2.")
 @click.option("--arch", type=click.Choice(["x86_64", "arm64"]), default="x86_64", show_default=True)
 @click.option("--spot", is_flag=True, help="Use spare capacity, which AWS may take back.")
-@click.option("--on", default="batch", show_default=True, metavar="PLACE", help="batch.")
+@click.option(
+    "--on",
+    default="batch",
+    show_default=True,
+    metavar="batch|fargate",
+    help="Ask AWS Batch for the machine, which has a queue, or Amazon ECS, which has none.",
+)
 @click.option("--name", default="", metavar="NAME", help="Name of the run; by default a new one.")
 @click.option(
     "--resume",
@@ -156,7 +162,7 @@ def _variables(
 )
 @click.option("-d", "--detach", is_flag=True, help="Print the run's name, and do not wait.")
 @click.option("-q", "--quiet", "is_quiet", is_flag=True, help="Show only what the program prints.")
-@profile_option("Use the bucket, queues and roles of this profile.")
+@profile_option("Use the bucket, queues, cluster and roles of this profile.")
 @click.pass_context
 @ends_well
 def run_command(

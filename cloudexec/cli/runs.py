@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from cloudexec._runs.info import RunInfo
 from cloudexec.cli._aws_options import echo_json, ends_well, profile_option
 
 
@@ -29,7 +30,7 @@ def runs_command(is_active: bool, limit: int, as_json: bool, profile: str | None
     marks an estimate.
     """
     from cloudexec._runs.run import RunsClient
-    from cloudexec.cli._table import Column, duration, memory, show, since, usd
+    from cloudexec.cli._table import Column, duration, show, since, usd
 
     with RunsClient(profile) as client:
         found = [each.info() for each in client.call(client.runs.all(limit or None))]
@@ -47,6 +48,7 @@ def runs_command(is_active: bool, limit: int, as_json: bool, profile: str | None
             Column(title="STATE"),
             Column(title="EXIT", right=True),
             Column(title="USER", leaves=3, least=8),
+            Column(title="ON", leaves=6),
             Column(title="SIZE", leaves=4),
             Column(title="AGE", right=True),
             Column(title="RAN", right=True, leaves=1),
@@ -60,7 +62,8 @@ def runs_command(is_active: bool, limit: int, as_json: bool, profile: str | None
                 each.state,
                 "" if each.exit_code is None else str(each.exit_code),
                 each.user,
-                f"{each.vcpus:g} vCPU {memory(each.memory_mib)}{' Spot' if each.spot else ''}",
+                each.on,
+                _size(each),
                 since(each.created_at),
                 duration(each.run_seconds) if each.run_seconds else "",
                 usd(each.cost_usd, is_estimate=each.is_estimate),
@@ -70,3 +73,10 @@ def runs_command(is_active: bool, limit: int, as_json: bool, profile: str | None
             for each in found
         ],
     )
+
+
+def _size(run: RunInfo) -> str:
+    from cloudexec.cli._table import memory
+
+    gpus = f" {run.gpus} GPU{'s' * (run.gpus != 1)}" if run.gpus else ""
+    return f"{run.vcpus:g} vCPU {memory(run.memory_mib)}{gpus}{' Spot' if run.spot else ''}"

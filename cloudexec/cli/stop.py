@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import click
 
 from cloudexec._aws.names import user_name
+from cloudexec._aws.records import JobInfo
 from cloudexec._errors import AwsError, CloudexecError, ConfigError
 from cloudexec.cli._aws_options import (
     aws_options,
@@ -60,7 +61,6 @@ def stop_command(
     workers: end it on its own machine, or stop its jobs again.
     """
     from cloudexec._aws.monitor import Monitor
-    from cloudexec._aws.names import RUN_EXECUTOR
     from cloudexec.cli.jobs import show_jobs
 
     if not targets and executor is None and not is_all and older_than is None:
@@ -84,15 +84,10 @@ def stop_command(
             _say_nothing_was_stopped()
         if jobs and not is_sure:
             show_jobs(jobs, err=True)
-            count = sum(
-                number
-                for job in jobs
-                for state, number in job.workers.items()
-                if state not in ("SUCCEEDED", "FAILED", "ENDED")
-            )
-            question = f"Stop {_count(len(jobs), 'job')} with {_count(count, 'worker')}?"
-            if not confirmed(question):
+            if not confirmed(_question(jobs)):
                 _say_nothing_was_stopped()
+        if region is None:
+            _note_stops(jobs, profile)
         # Stop exactly the jobs that were shown, and no job that was started since then.
         stopped = (
             monitor.stop(
@@ -102,11 +97,7 @@ def stop_command(
             if jobs
             else []
         )
-    runs = {
-        job.executor.removeprefix(RUN_EXECUTOR)
-        for job in jobs
-        if job.id in stopped and job.executor.startswith(RUN_EXECUTOR)
-    }
+    runs = {job.run for job in jobs if job.id in stopped and job.run}
     if runs and region is None:
         _forget_variables(runs, stopped, profile)
     if unlisted:
@@ -118,9 +109,31 @@ def stop_command(
     else:
         for job in jobs:
             if job.id in stopped:
-                click.echo(f"stopped {job.name if job.index is None else job.id}")
+                click.echo(f"stopped {_title(job)}")
         for name in unlisted:
-            click.echo(f"stopped {name}")
+            click.echo(f"stopped the run {name}")
+
+
+def _question(jobs: Sequence[JobInfo]) -> str:
+    """Ask for the runs and jobs that are to be stopped."""
+    runs = [each for each in jobs if each.run]
+    others = [each for each in jobs if not each.run]
+    count = sum(
+        number
+        for job in others
+        for state, number in job.workers.items()
+        if state not in ("SUCCEEDED", "FAILED", "ENDED")
+    )
+    what = [_count(len(runs), "run")] if runs else []
+    if others:
+        what.append(f"{_count(len(others), 'job')} with {_count(count, 'worker')}")
+    return f"Stop {' and '.join(what)}?"
+
+
+def _title(job: JobInfo) -> str:
+    if job.run:
+        return f"the run {job.run}"
+    return job.name if job.index is None else job.id
 
 
 def _say_nothing_was_stopped() -> None:
@@ -149,6 +162,22 @@ def _stop_runs(names: Sequence[str], profile: str | None) -> list[str]:
         for name in names:
             client.call(client.runs.stop(name, _reason()))
     return list(names)
+
+
+def _note_stops(jobs: Sequence[JobInfo], profile: str | None) -> None:
+    """Write that no other attempt of runs is to follow, where their machines start them."""
+    from cloudexec._aws.task_search import is_task_id
+    from cloudexec._runs.run import RunsClient
+
+    runs = [each.run for each in jobs if is_task_id(each.id) and each.run]
+    if not runs:
+        return
+    # Another stack may have a run of that name, whose job is to be stopped. And a machine that is
+    # not just now being taken back has no need of this.
+    with contextlib.suppress(CloudexecError), RunsClient(profile) as client:
+        for name in runs:
+            with contextlib.suppress(CloudexecError):
+                client.call(client.runs.note_stop(name, [each.id for each in jobs], _reason()))
 
 
 def _forget_variables(runs: Iterable[str], stopped: Sequence[str], profile: str | None) -> None:

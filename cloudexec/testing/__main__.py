@@ -41,7 +41,8 @@ def main(mode: str, region: str, capacity: int, registry: str | None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings: dict[str, Any] = {"mode": mode, "region": region, "registry": registry}
-        with FakeAWS(max_running=capacity, **settings) as aws:
+        # Programs of `cloudexec run` talk to AWS themselves.
+        with FakeAWS(max_running=capacity, aws_in_jobs=True, **settings) as aws:
             for name, value in aws.environment.items():
                 click.echo(f"export {name}={value}")
             click.echo("Running; Ctrl-C ends it, and every job in it.", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from cloudexec._record_class import record, replace
 from cloudexec._rpc import call_errors, is_end, status_of
 from cloudexec._wire.channel import CHANNEL_OPTIONS, longest_pause
 from cloudexec.worker.client import Client
+from cloudexec.worker.refusals import Outcome, Refusals
 
 __all__ = [
     "CONNECT_TIMEOUT",
@@ -38,9 +40,9 @@ MOVING_TIMEOUT = 120.0
 """The same, behind a relay that may have ended just now: the client starts another one, which takes
 about a minute."""
 REFUSED_FOR = 10.0
-"""Seconds for which the client's own host refuses connections, and nothing else happens, until its
-process is known to be gone. A network that is gone is silent instead; a firewall that is loaded
-anew may refuse, for a moment."""
+"""Seconds for which the client's own host refuses connections until its process is known to be
+gone. A network that is gone is silent instead; a firewall that is loaded anew may refuse, for a
+moment."""
 _TRY_TIMEOUT = 10.0
 _LONG_TRY = 40.0
 """Seconds of a try with a busy client. If thousands of workers dial again at once, each must wait
@@ -305,8 +307,8 @@ async def dial(
         enrol: Says who we are over a channel, which is closed if that fails; or called with the
             same one again, if it failed for no other reason than that the client is busy.
         patience: Seconds for which it is tried.
-        refusals: Seconds after which it is not tried any more, if all that time connections were
-            refused.
+        refusals: Seconds after which it is not tried any more, if connections were refused for so
+            long; see ``Refusals``.
 
     Raises:
         ClientGoneError: If the client cannot be reached.
@@ -318,7 +320,7 @@ async def dial(
     short = _SHORT_TRIES
     tried = False
     told: str | None = None
-    refused_at: float | None = None
+    refusing = Refusals(refusals)
     channel = None
     here = address
     try:
@@ -345,12 +347,8 @@ async def dial(
                 now = time.monotonic()
                 known = channel is not None
                 what = "" if near else _what_happened(exc, reason or "", here, is_known=known)
-                if what != _REFUSED:
-                    refused_at = None
-                elif refused_at is None:
-                    refused_at = now
-                is_gone = refused_at is not None and now - refused_at >= refusals
-                if refused or near or is_gone or now + pause > deadline:
+                refusing.note(_outcome(exc, what, is_known=known), now)
+                if refused or near or refusing.is_gone or now + pause > deadline:
                     reason = "; ".join(filter(None, (what, reason)))
                     raise ClientGoneError(_unreachable(here, reason)) from exc
                 if what != told:
@@ -367,7 +365,8 @@ async def dial(
                 if short <= 0:
                     limit = max(_TRY_TIMEOUT, min(_LONG_TRY, deadline - time.monotonic()))
             # A random pause, as hundreds of workers may start, or lose their client, together.
-            await asyncio.sleep(pause * (0.5 + int.from_bytes(os.urandom(2)) / 65535))
+            random = 0.5 + int.from_bytes(os.urandom(2)) / 65535
+            await asyncio.sleep(refusing.pause(pause * random))
             pause = min(2 * pause, longest)
     except BaseException:
         if channel is not None:
@@ -376,6 +375,24 @@ async def dial(
 
 
 _REFUSED = "it was refused, as the host is there and nobody listens at that port"
+_NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH)
+"""What a system says itself when no packet comes back, and it gives up before we do."""
+
+
+def _outcome(error: BaseException, what: str, *, is_known: bool) -> Outcome:
+    """Return what a try to connect has shown about the client.
+
+    Args:
+        error: What it raised.
+        what: What ``_what_happened`` says of it.
+        is_known: Whether the right client had answered before.
+    """
+    if what == _REFUSED:
+        return Outcome.REFUSED
+    is_silent = isinstance(error, TimeoutError) and not is_known
+    if is_silent or (isinstance(error, OSError) and error.errno in _NO_WAY):
+        return Outcome.SILENT
+    return Outcome.ANSWERED
 
 
 def _what_happened(error: BaseException, reason: str, to: Address, *, is_known: bool) -> str:

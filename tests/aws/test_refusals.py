@@ -188,9 +188,10 @@ def test_an_endpoint_of_one_service_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs that are submitted on this machine have workers here, which dial loopback."""
-    with FakeAWS() as aws:
-        monkeypatch.delenv("AWS_ENDPOINT_URL")
-        monkeypatch.setenv("AWS_ENDPOINT_URL_BATCH", aws.endpoint_url)
+    # Undone before the account ends, or its address would stand in the environment of later tests.
+    with FakeAWS() as aws, monkeypatch.context() as patch:
+        patch.delenv("AWS_ENDPOINT_URL")
+        patch.setenv("AWS_ENDPOINT_URL_BATCH", aws.endpoint_url)
 
         async def main() -> None:
             async with AwsClients() as clients:
@@ -199,7 +200,6 @@ def test_an_endpoint_of_one_service_is_seen(
                 assert (await clients.call("batch", "describe_job_queues"))["jobQueues"] == []
 
         asyncio.run(main())
-    monkeypatch.delenv("AWS_ENDPOINT_URL_BATCH", raising=False)
     (tmp_path / "config").write_text(
         "[default]\nregion = us-east-1\nservices = here\n"
         "[services here]\nbatch =\n  endpoint_url = http://127.0.0.1:9\n"

@@ -24,7 +24,9 @@ def _of_type(kind: str) -> dict[str, Any]:
 
 
 def _statements(role: str) -> list[dict[str, Any]]:
-    policies = RESOURCES[role]["Properties"]["Policies"]
+    policies = [
+        each for each in RESOURCES[role]["Properties"]["Policies"] if "PolicyDocument" in each
+    ]
     return [each for one in policies for each in one["PolicyDocument"]["Statement"]]
 
 
@@ -185,6 +187,26 @@ def test_programs_that_are_run_may_use_this_stack_and_hand_on_less_than_they_hav
         "${AWS::StackName}-ec2",
         "${AWS::StackName}-ec2-spot",
     ]
+
+
+def test_programs_that_are_run_hand_their_role_on_to_tasks_of_a_stack_with_a_cluster_only() -> None:
+    """The next attempt of a run on Fargate has it, and no definition of another stack is run."""
+    _, of_cluster = RESOURCES["RunRole"]["Properties"]["Policies"]
+    condition, policy, otherwise = of_cluster["Fn::If"]
+    assert (condition, otherwise) == ("Fargate", {"Ref": "AWS::NoValue"})
+    statements = {each["Action"][0]: each for each in policy["PolicyDocument"]["Statement"]}
+    anywhere = [each["Action"] for each in statements.values() if each["Resource"] == "*"]
+    assert anywhere == [
+        ["ecs:DescribeTaskDefinition", "ecs:ListTasks", "ecs:RegisterTaskDefinition"]
+    ]
+    passing = statements["iam:PassRole"]
+    assert passing["Resource"]["Fn::Sub"].endswith(":role/${AWS::StackName}-RunRole-*")
+    assert passing["Condition"] == {
+        "StringEquals": {"iam:PassedToService": ["ecs-tasks.amazonaws.com"]}
+    }
+    running = statements["ecs:RunTask"]["Condition"]
+    assert running["ArnEquals"]["ecs:cluster"]["Fn::Sub"].endswith("cluster/${AWS::StackName}")
+    assert running["StringEquals"] == {"aws:ResourceTag/cloudexec:stack": {"Ref": "AWS::StackName"}}
 
 
 def test_security_group_lets_in_only_itself() -> None:

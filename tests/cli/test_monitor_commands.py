@@ -68,11 +68,13 @@ class Account:
             },
         )
 
-    def submit(self, code: str, *, executor: str = ANN, first: int = 1, size: int = 1) -> str:
+    def submit(
+        self, code: str, *, executor: str = ANN, first: int = 1, size: int = 1, name: str = ""
+    ) -> str:
         """Submit a job of ours that runs Python code, and return its id."""
         array: Any = {"arrayProperties": {"size": size}} if size > 1 else {}
         answer = self.batch.submit_job(
-            jobName=f"cloudexec-{executor}-{first}",
+            jobName=name or f"cloudexec-{executor}-{first}",
             jobQueue=self.setup.queue,
             jobDefinition="cloudexec-0123456789abcdef",
             containerOverrides={"command": [sys.executable, "-c", code]},
@@ -145,6 +147,22 @@ class TestPs:
         assert data["id"] == ANN
         assert data["workers"] == {"RUNNING": 3}
         assert data["expires_at"] == "2099-01-01T00:00:00+00:00"
+
+    def test_a_relay_is_none_of_the_workers(self, account: Account, run: Run) -> None:
+        """It has a line of its own in what was paid for."""
+        account.running(account.submit(SLEEP))
+        account.running(account.submit(SLEEP, name=f"cloudexec-{ANN}-relay-r0a1b2c3d"))
+        (row,) = rows(run("ps"))
+        assert row[4:11] == ["1", "running,", "1", "relay", "1", "2", "GiB"]
+        (data,) = json.loads(run("ps", "--json").stdout)
+        assert (data["workers"], data["relays"]) == ({"RUNNING": 1}, 1)
+        paid, relay, total = rows(run("cost"))
+        assert paid[4] == total[-6] == "1"
+        assert relay[:2] == ["its", "relay"]
+        assert relay[-1] == paid[-2]
+        (cost,) = json.loads(run("cost", "--json").stdout)["executors"]
+        assert cost["runs"] == 1
+        assert cost["relay_usd"] == pytest.approx(cost["cost_usd"] / 2)
 
     def test_names_the_remedy_where_workers_found_nobody(self, account: Account, run: Run) -> None:
         index = "int(os.environ['AWS_BATCH_JOB_ARRAY_INDEX'])"

@@ -148,6 +148,24 @@ def test_workers_of_executors_count_against_the_ceiling(
     assert "the ceiling of $0.0015 (--max-cost)" in said
 
 
+def test_workers_count_though_the_role_of_runs_may_not_look_at_the_cluster(
+    aws: FakeAWS, run_here: Command, folder: Path
+) -> None:
+    """That of a stack from before runs on Fargate may not; the rest of the cost is known."""
+    whole = Profile.load("default")
+    replace(whole, cluster="cloudexec-default").save()
+    (folder / "job.py").write_text(
+        "from cloudexec import Batch, BatchExecutor\n"
+        "with BatchExecutor(1, launcher=Batch()) as executor:\n"
+        "    print(executor.submit(abs, 1).result())\n"
+    )
+    try:
+        assert run_here("run", "job.py", "--name", "older-stack").returncode == 0
+        assert float(str(_result("older-stack")["workers_usd"])) > 0
+    finally:
+        whole.save()
+
+
 # For programs, and for users who may do little.
 
 

@@ -195,7 +195,7 @@ def test_a_run_that_is_stopped_while_it_is_prepared_gets_no_machine(
         assert prepares.wait(60)
         stopped = run_here("stop", "unwanted", "--yes")
         may_go_on.set()
-        assert (stopped.returncode, stopped.stdout) == (0, "stopped unwanted\n")
+        assert (stopped.returncode, stopped.stdout) == (0, "stopped the run unwanted\n")
         with pytest.raises(ConfigError, match=r"run unwanted was stopped by .* while it"):
             started.result(60)
     assert row(run_here, "unwanted")["state"] == "stopped"

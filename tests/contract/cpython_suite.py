@@ -21,8 +21,11 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-__all__ = ["HOW_TO_GET_IT", "Suite", "find_suites", "load"]
+import cloudexec
+
+__all__ = ["HOW_TO_GET_IT", "Suite", "assert_python_ok", "find_suites", "load"]
 
 HOW_TO_GET_IT = (
     "CPython's test.test_concurrent_futures is not installed: on Debian or Ubuntu it comes with "
@@ -131,6 +134,23 @@ def load() -> tuple[list[ModuleType], list[str]]:
             return [importlib.import_module(f"{top.__name__}.{part}") for part in _PARTS], shim
     finally:
         del sys.path[: len(shim)]
+
+
+def assert_python_ok(path: list[str], option: str, script: str, **env: str) -> Any:
+    """Run a script in which ``concurrent.futures`` has a ``BatchExecutor``.
+
+    It is here as a module of the suite has it as a global while tests run: workers import what the
+    module of such a function imports.
+    """
+    from test.support import script_helper
+
+    assert option == "-c"
+    prelude = (
+        f"import sys; sys.path[:0] = {[*path, str(Path(cloudexec.__file__).parents[1])]!r}\n"
+        "import cloudexec, concurrent.futures\n"
+        "concurrent.futures.BatchExecutor = cloudexec.BatchExecutor\n"
+    )
+    return script_helper.assert_python_ok(option, prelude + script, **env)
 
 
 def _importable() -> bool:

@@ -490,6 +490,8 @@ def test_nothing_is_left_after_many_tasks(mode: str) -> None:
         driver = executor._driver or executor._submitter.start()
         # For each worker its own process, the one that forks, and those that run tasks.
         until(lambda: len(descendants()) == (6 if mode == "several" else 4))
+        # Who connects after the first tasks is not asked to do any of them, and opens files later.
+        until(lambda: executor.stats().workers.slots == 2)
 
         def work(small: int, large: int) -> None:
             for _ in executor.map(tasks.nothing, range(small)):

@@ -7,6 +7,7 @@ in its place. What is left out stands in ``DESELECTED``, with its reason.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import sys
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from cpython_suite import HOW_TO_GET_IT, find_suites, load
+from cpython_suite import HOW_TO_GET_IT, assert_python_ok, find_suites, load
 
 import cloudexec
 from cloudexec import PayloadError, RemoteTraceback, WorkerLostError
@@ -79,20 +80,6 @@ class _Executor(cloudexec.BatchExecutor):
 _Executor.__name__ = "BatchExecutor"  # the tests write it into scripts
 
 
-def _assert_python_ok(*args: str, **env: str) -> Any:
-    """Run a script in which ``concurrent.futures`` has a ``BatchExecutor``."""
-    from test.support import script_helper
-
-    option, script = args
-    assert option == "-c"
-    prelude = (
-        f"import sys; sys.path[:0] = {[*_path, str(Path(cloudexec.__file__).parents[1])]!r}\n"
-        "import cloudexec, concurrent.futures\n"
-        "concurrent.futures.BatchExecutor = cloudexec.BatchExecutor\n"
-    )
-    return script_helper.assert_python_ok(option, prelude + script, **env)
-
-
 class _OnBatchExecutor:
     """What is added to every generated class: the executor, and what stands in for the pool's."""
 
@@ -128,7 +115,7 @@ class _OnBatchExecutor:
 
 _STAND_INS: dict[str, Any] = {
     "BrokenProcessPool": (WorkerLostError, PayloadError),
-    "assert_python_ok": _assert_python_ok,
+    "assert_python_ok": functools.partial(assert_python_ok, _path),
 }
 _ran: list[str] = []
 _ALONE = {"WaitTests.test_timeout"}

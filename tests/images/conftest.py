@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from local_registry import PASSWORD, PASSWORD_HASH, serving
+from tidy_engine import BASE, TidyEngine
 
 from cloudexec import BatchExecutor
 from cloudexec._aws import image_contents
@@ -22,39 +22,11 @@ from cloudexec._errors import ConfigError
 from cloudexec.testing import ManualLauncher
 from cloudexec.testing._aws.containers import remove_container
 
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-BASE = os.environ.get("CLOUDEXEC_TEST_BASE", f"localhost/python-base:{PYTHON}")
-
 
 @pytest.fixture(scope="session")
 def password() -> str:
     """What the registry wants from the user ``AWS``."""
     return PASSWORD
-
-
-class TidyEngine(Engine):
-    """Removes its image names at the end; layers stay, so that the next run is fast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._names: set[str] = set()
-
-    def build(self, name: str, *args: Any, **options: Any) -> str:
-        self._names.add(name)
-        return super().build(name, *args, **options)
-
-    def push(self, image: str, repository: str, tag: str, *args: Any) -> str:
-        self._names.add(f"{repository}:{tag}")
-        return super().push(image, repository, tag, *args)
-
-    def close(self) -> None:
-        # Names that the command made are removed, too: their tags have the same hashes.
-        tags = {name.rpartition(":")[2] for name in self._names}
-        for image in self.client.images.list():
-            for name in image.tags:
-                if name in self._names or name.rpartition(":")[2] in tags:
-                    self.client.images.remove(name, force=True)
-        super().close()
 
 
 @pytest.fixture(scope="session")

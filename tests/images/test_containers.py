@@ -48,8 +48,8 @@ def image(engine: Engine, spec: ImageSpec) -> LocalImage:
 
 def ended(container: Any) -> tuple[int, str]:
     """Wait for a container's end; return its exit code and what it printed."""
-    code = container.wait(timeout=60)["StatusCode"]
-    return code, container.logs().decode()
+    said = b"".join(container.logs(stream=True, follow=True)).decode()
+    return container.wait(timeout=60)["StatusCode"], said
 
 
 def run(client: Any, image: LocalImage, *command: str, **options: Any) -> tuple[int, str]:

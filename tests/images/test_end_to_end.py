@@ -202,5 +202,6 @@ def test_containers_end_when_the_client_is_killed(aws: Any, ready: None, tmp_pat
         client.send_signal(signal.SIGKILL)
         client.wait()
         client.stdout.close()
-    # Not the 120 seconds for which a network that is gone would be waited for.
-    eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()), timeout=100.0)
+    # Not the 120 seconds for which a network that is gone would be waited for, but 10 of refusals.
+    # The bridge may drop packets to one container for a moment when another one ends.
+    eventually(lambda: all(j.status in ("SUCCEEDED", "FAILED") for j in aws.jobs()), timeout=60.0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from journal_tasks import calls, large, square, total
 
@@ -196,6 +197,32 @@ def test_many_segments_become_one(aws: FakeAWS, ran: str, monkeypatch: pytest.Mo
         with executor() as each:
             assert [each.submit(square, ran, x).done() for x in range(2)] == [True, True]
         assert names().count("segments") == 1
+
+
+@pytest.mark.parametrize("way", ["closed", "killed"])
+def test_a_journal_is_one_though_its_mark_has_expired_before_the_rest(
+    aws: FakeAWS, ran: str, way: str
+) -> None:
+    """The bucket's lifecycle rule deletes one object after another, by when each was written.
+
+    Who closes a journal writes the mark last. Of who was killed, the lease is there, which was
+    written all the time.
+    """
+    with executor() as each:
+        assert each.submit(square, ran, 3).result() == 9
+        while "segments" not in names():
+            threading.Event().wait(0.05)
+        s3("delete_object", Key="a/run/journal")
+        lease = boto3.client("s3").get_object(Bucket="results", Key="a/run/lease")["Body"].read()
+    assert "journal" in names()
+    if way == "killed":
+        s3("delete_object", Key="a/run/journal")
+        s3("put_object", Key="a/run/lease", Body=lease)
+    with executor() as each:
+        assert each.submit(square, ran, 3).result() == 9
+        assert each.stats().tasks.resumed == 1
+        assert "journal" in names()
+    assert calls(ran) == {"3": 1}
 
 
 def test_what_is_no_journal_is_refused(aws: FakeAWS) -> None:

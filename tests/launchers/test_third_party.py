@@ -111,7 +111,7 @@ def test_a_variable_names_the_launcher_of_an_unchanged_script(installed: Path) -
     [
         (
             "frm",
-            r"launcher='frm': there is no such launcher; installed are: batch, ec2, fargate, .*local",
+            r"launcher='frm': there is no such launcher; installed are: batch, ec2, .*local",
         ),
         ("ruin", r"launcher='ruin': the launcher cannot be made from process_farm:NothingOfThatN"),
         ("folder", r"launcher='folder': pathlib:Path is no launcher: .*PlatformLauncher"),

@@ -10,18 +10,23 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import boto3
 import pytest
 from run_helpers import account, asked, create, eventually, machine_here, place_of, start_machine
 
+from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
 from cloudexec._runs import inside
+from cloudexec._runs.bucket import RunBucket
+from cloudexec._runs.budget import Budget
 from cloudexec._runs.found import Found
+from cloudexec._runs.known import Known
 from cloudexec._runs.places import MachineState
 from cloudexec._runs.plan import RunPlan, RunResult
+from cloudexec._runs.runs import AsyncRuns
 from cloudexec.testing import FakeAWS
 
 pytestmark = pytest.mark.timeout(120)
@@ -248,9 +253,80 @@ def test_what_the_program_has_made_of_it_counts_though_its_machine_was_killed() 
     assert (found.exit_code, found.state) == (137, "stopped")
 
 
+def test_a_run_waits_for_its_next_attempt_where_that_is_a_job_of_its_own(aws: FakeAWS) -> None:
+    """Lists are late: it has not failed with the code of an attempt that was taken back."""
+    plan = replace(plan_of("between", ""), on="fargate")
+    now = datetime.now(UTC)
+    told = RunResult(exit_code=143, is_final=False)
+
+    async def state(ago: float, plan: RunPlan, result: RunResult = told) -> str:
+        machine = MachineState(
+            job_id="a",
+            phase="ended",
+            created_at=now,
+            stopped_at=now - timedelta(seconds=ago),
+            exit_code=143,
+            was_reclaimed=True,
+        )
+        async with AwsClients("us-east-1") as clients:
+            runs = AsyncRuns(clients, replace(Profile.load("default"), cluster="cluster"))
+            return runs._found(plan, machine, result, Known()).state
+
+    assert asyncio.run(state(5, plan)) == "waiting"
+    assert asyncio.run(state(3600, plan)) == "failed"
+    assert asyncio.run(state(5, plan, replace(told, is_final=True))) == "failed"
+    # AWS Batch says itself that an attempt follows.
+    assert asyncio.run(state(5, replace(plan, on="batch"))) == "failed"
+
+
 def test_the_code_of_an_attempt_that_was_told_to_stop_is_not_the_programs() -> None:
     plan = plan_of("told", "")
     told = RunResult(exit_code=143, is_final=False)
     assert Found(plan, None, told).exit_code is None
     assert Found(plan, None, told).state == "failed"
     assert Found(plan, None, RunResult(exit_code=143)).exit_code == 143
+
+
+def test_a_run_whose_objects_cannot_be_written_anew_says_so_once_and_tries_again(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of("not-renewed", "")
+    create(plan)
+
+    async def work() -> None:
+        async with AwsClients("us-east-1") as clients:
+            bucket = RunBucket(clients, Profile.load("default").bucket, plan.name)
+            machine = inside._Machine(bucket, plan, Budget(clients, plan))
+            machine._renewed_at = -1.0
+            aws.faults.deny("PutObject")
+            await machine._renew()
+            await machine._renew()
+            assert machine._renewed_at == -1.0
+            aws.faults.clear()
+            await machine._renew()
+            assert machine._renewed_at > 0
+
+    asyncio.run(work())
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 1
+    text = "what another attempt needs could not be written anew, which is tried again: "
+    assert said[0].startswith(f"cloudexec: {text}")
+    assert "AccessDenied" in said[0]
+
+
+def test_a_machine_of_a_place_without_time_limits_ends_itself_when_its_time_is_over(
+    aws: FakeAWS, tmp_path: Path
+) -> None:
+    """Even where it hangs after the program: nothing else would end it."""
+    profile = replace(Profile.load("default"), cluster="cluster")
+    plan = replace(plan_of("hangs", "print('up')"), on="fargate", max_seconds=4)
+    plan = replace(plan, profile=asdict(profile))
+    create(plan)
+    with start_machine(plan, tmp_path) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            aws.faults.slow_response("PutObject", 600.0)
+            assert process.wait(60) == -signal.SIGALRM
+        finally:
+            process.kill()

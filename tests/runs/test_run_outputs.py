@@ -305,6 +305,38 @@ def test_what_a_long_run_needs_is_written_anew(aws: FakeAWS, tmp_path: Path) -> 
     in_bucket("long", work)
 
 
+def test_an_object_that_is_too_large_for_one_copy_is_written_anew_in_parts(
+    aws: FakeAWS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 copies 5 GiB in one request, and each part but the last has 5 MiB or more."""
+    monkeypatch.setattr("cloudexec._runs.renewal._COPY_LARGEST", 1024)
+    monkeypatch.setattr("cloudexec._runs.renewal._PART", 5 * 1024**2)
+    content = bytes(range(256)) * 24 * 1024  # 6 MiB
+
+    async def work(bucket: RunBucket) -> None:
+        plan = RunPlan(name="parts", kind="command", target="", args=("true",))
+        assert await bucket.create(plan)
+        (tmp_path / "large").write_bytes(content)
+        sha256 = bytes.fromhex(_digest(content))
+        await bucket.upload("journal/results/a", tmp_path / "large", len(content), sha256)
+        # One that fails leaves the object as it is, and no upload.
+        aws.faults.deny("UploadPartCopy")
+        with pytest.raises(AwsError, match="AccessDenied"):
+            await bucket.renew(plan, None, older_than=-60.0)
+        aws.faults.clear()
+        s3 = boto3.client("s3")
+        where = {"Bucket": bucket.where.split("/")[2], "Key": f"{bucket.prefix}journal/results/a"}
+        assert not s3.list_multipart_uploads(Bucket=where["Bucket"]).get("Uploads")
+        before = s3.head_object(**where)
+        await bucket.renew(plan, None, older_than=-60.0)
+        after = s3.get_object(**where)
+        assert after["ETag"] != before["ETag"]  # it is made of other parts
+        assert after["Body"].read() == content
+        assert after["ServerSideEncryption"] == "AES256"
+
+    in_bucket("parts", work)
+
+
 @pytest.mark.parametrize("resumes", [False, True])
 def test_a_reused_name_has_no_leftovers(aws: FakeAWS, tmp_path: Path, resumes: bool) -> None:
     """The bucket's rule deletes what is to be run before what was written later."""

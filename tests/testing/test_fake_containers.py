@@ -96,6 +96,29 @@ def test_job_runs_in_a_container(account: Account) -> None:
     assert account.aws.logs(job_id) == [job_id, "sh", "reached"]
 
 
+def test_the_engine_is_not_asked_to_wait_for_a_container_that_runs(
+    account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Podman 4 takes half a processor while it is."""
+    import requests
+
+    asked: list[str] = []
+    send = requests.Session.send
+
+    def noted(session: Any, request: Any, **options: Any) -> Any:
+        asked.append(request.path_url.partition("?")[0].rpartition("/")[2])
+        return send(session, request, **options)
+
+    monkeypatch.setattr(requests.Session, "send", noted)
+    job_id = account.submit(f"trap 'exit 5' TERM; echo up; {LOOP}")
+    account.prints(job_id, "up")
+    assert "logs" in asked
+    assert "wait" not in asked
+    account.batch.terminate_job(jobId=job_id, reason="enough")
+    assert account.ended(job_id, timeout=30).exit_code == 5
+    assert asked.count("wait") == 1
+
+
 @pytest.mark.parametrize(("user", "uid"), [("", "0"), ("12345", "12345")])
 def test_container_has_the_user_of_its_definition(account: Account, user: str, uid: str) -> None:
     """The image's where it names none; here that is root."""

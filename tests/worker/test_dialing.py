@@ -8,6 +8,7 @@ import math
 import re
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -22,6 +23,7 @@ from cloudexec._record_class import replace
 from cloudexec._server.certificate import make_certificate
 from cloudexec.worker import dialing
 from cloudexec.worker.dialing import Address, dial
+from cloudexec.worker.refusals import Outcome, Refusals
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -178,6 +180,107 @@ def test_a_host_that_refuses_for_a_while_has_no_client_any_more(client: _Client)
     with pytest.raises(LaunchError, match="it was refused, as the host is there"):
         asyncio.run(_dialed(client.address(), 60.0, refusals=1.0))
     assert 1.0 <= time.monotonic() - began < 20.0
+
+
+class _Port:
+    """A port that refuses connections; for a while after each refusal it leaves them unanswered.
+
+    It takes the place of stderr, so that what a worker says of its tries moves it on.
+    """
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.number = taken.getsockname()[1]
+        self.silences = 0
+        self._open: list[socket.socket] = []
+
+    def write(self, text: str) -> None:
+        if "it was refused" in text and "yet" in text:
+            asyncio.get_running_loop().call_later(0.3, self._be_silent)
+        elif "nobody answers" in text:
+            self.silences += 1
+            self.close()
+
+    def flush(self) -> None:
+        pass
+
+    def _be_silent(self) -> None:
+        # Once one connection waits to be accepted, the kernel drops further ones.
+        server = socket.create_server(("127.0.0.1", self.number), backlog=0)
+        self._open = [server, socket.create_connection(server.getsockname())]
+
+    def close(self) -> None:
+        while self._open:
+            self._open.pop().close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels refuse where the queue is full")
+def test_a_try_that_nobody_answers_does_not_begin_the_refusals_anew(
+    client: _Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client stays gone, even if the network loses a packet every now and then."""
+    client.server.stop(None).wait()
+    monkeypatch.setattr(dialing, "_PROBE_TIMEOUT", 0.2)
+    monkeypatch.setitem(dialing._pinned, client.sha256, client.pem)
+    port = _Port()
+    monkeypatch.setattr(sys, "stderr", port)
+    address = replace(client.address(port.number), log=True)
+
+    async def run() -> None:
+        try:
+            await _dialed(address, 20.0, refusals=0.5)
+        finally:
+            port.close()
+
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match="it was refused, as the host is there"):
+        asyncio.run(run())
+    assert time.monotonic() - began < 10.0
+    assert port.silences
+
+
+_R, _S, _A = Outcome.REFUSED, Outcome.SILENT, Outcome.ANSWERED
+
+
+@pytest.mark.parametrize(
+    ("tries", "gone_at"),
+    [
+        ([(_R, 0), (_R, 4), (_R, 9.9), (_R, 10)], 10),
+        # Silence is not counted, and takes back nothing.
+        ([(_R, 0), (_R, 6), (_S, 9), (_R, 11), (_R, 14.5), (_R, 15)], 15),
+        ([(_R, 0), (_R, 9), (_S, 12), (_S, 15), (_S, 60), (_R, 61), (_R, 62)], 62),
+        # A firewall that refuses for a moment, twice, in a network that fails in between.
+        ([(_R, 0), (_S, 3), (_S, 30), (_R, 31), (_S, 34), (_S, 60), (_R, 61)], None),
+        # Somebody who listens may be the client.
+        ([(_R, 0), (_R, 9), (_A, 10), (_R, 11), (_R, 20), (_R, 21)], 21),
+        ([(_R, 0), (_R, 9), (_S, 10), (_A, 11), (_R, 12), (_R, 21)], None),
+    ],
+)
+def test_only_time_between_refusals_counts(
+    tries: list[tuple[Outcome, float]], gone_at: float | None
+) -> None:
+    refusals = Refusals(10.0)
+    gone = []
+    for outcome, now in tries:
+        refusals.note(outcome, now)
+        gone += [now] if refusals.is_gone else []
+    assert gone == ([] if gone_at is None else [gone_at])
+
+
+def test_pauses_are_short_where_a_client_seems_to_be_gone() -> None:
+    """Pauses of up to nine seconds would let a worker live on for longer than is documented."""
+    refusals = Refusals(10.0)
+    assert refusals.pause(9.0) == 9.0
+    refusals.note(Outcome.REFUSED, 0.0)
+    assert refusals.pause(9.0) == 2.0
+    assert refusals.pause(0.1) == 0.1
+    refusals.note(Outcome.REFUSED, 9.5)
+    assert refusals.pause(9.0) == 0.5  # at its end the ten seconds are over
+    refusals.note(Outcome.SILENT, 12.0)
+    assert refusals.pause(9.0) == 2.0
+    refusals.note(Outcome.ANSWERED, 13.0)
+    assert refusals.pause(9.0) == 9.0
+    assert Refusals().pause(15.0) == 15.0
 
 
 async def _hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

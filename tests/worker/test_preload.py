@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,6 +139,20 @@ def test_what_the_script_and_its_own_modules_import_is_imported_in_advance(tmp_p
         "            print(*executor.submit(here).result())\n"
     )
     assert _run(tmp_path / "script.py", script) == ["True", "False", "False", "False"]
+
+
+def test_what_runs_a_test_is_not_imported_for_its_tasks(write: Write) -> None:
+    """pytest adds globals to modules of tests that it has read; with xdist, it runs in execnet."""
+    write(
+        "test_of_a_user",
+        "def here():\n"
+        "    import sys\n"
+        "    return [name for name in ('_pytest', 'execnet') if name in sys.modules]\n",
+    )
+    module = importlib.import_module("test_of_a_user")
+    assert "@pytest_ar" in vars(module)
+    with BatchExecutor(1) as executor:
+        assert executor.submit(module.here).result(30) == []
 
 
 def test_on_this_machine_nobody_imports_grpc(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def end_of(details: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) ->
         status_reason=last.get("statusReason") or details.get("statusReason", ""),
         container_reason=container.get("reason", ""),
         exit_code=container.get("exitCode"),
+        stop_code=details.get("stopCode", ""),  # of a task, which is told as a job
         size=WorkerSize(vcpus=vcpus, memory_mib=memory_mib) if memory_mib else None,
         compute="ec2" if "EC2" in details.get("platformCapabilities", ()) else "fargate",
         image=str(asked.get("image", "")),

@@ -14,7 +14,7 @@ from typing import Any
 from cloudexec._aws.clients import AwsClients, translated
 from cloudexec._aws.definitions import ensure_definition
 from cloudexec._aws.diagnosis import Cause, cause_of_end, cause_of_waiting
-from cloudexec._aws.names import JOB_PREFIX, RELAY_PORT, object_prefix
+from cloudexec._aws.names import JOB_PREFIX, RELAY_NAME, RELAY_PORT, object_prefix
 from cloudexec._aws.relays import RELAY_SIZE
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request
 from cloudexec._errors import AwsError, LaunchError
@@ -107,7 +107,7 @@ class RelayJob:
         self._clients = clients
         self._order = order
         self._inquiry = inquiry
-        self._prefix = f"{JOB_PREFIX}{order.executor_id}-relay-"
+        self._prefix = f"{JOB_PREFIX}{order.executor_id}{RELAY_NAME}"
         self._key = f"{object_prefix(order.executor_id)}relay"
         self._job_id = ""
         self._is_inherited = False

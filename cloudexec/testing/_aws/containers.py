@@ -21,6 +21,8 @@ __all__ = ["ContainerRunner", "engine_answers", "remove_container"]
 LABEL = "cloudexec.fake-aws"
 _TIMEOUT = 15 * 24 * 3600
 """Seconds to wait for an answer of the engine: the longest time that a job may run."""
+_LOOK = 10.0
+"""Seconds between two looks whether a container still runs whose log has not ended."""
 
 
 def engine_answers() -> bool:
@@ -186,6 +188,13 @@ class _RunningContainer:
         return next((each["IPAddress"] for each in networks if each.get("IPAddress")), "")
 
     def wait(self) -> Exit:
+        # A container's log ends when the container does. The engine is asked only then: Podman 4
+        # looks for the end without any pause while a client waits for it, and takes half a
+        # processor for that.
+        while self._reader.is_alive():
+            self._reader.join(timeout=_LOOK)
+            if self._reader.is_alive() and not self._is_running():
+                break
         code = int(self._container.wait()["StatusCode"])
         self._reader.join(timeout=10.0)
         with contextlib.suppress(Exception):
@@ -197,6 +206,13 @@ class _RunningContainer:
         # came from the kernel.
         starved = self._starved or (code == 137 and not self._killed)
         return Exit(code=code, out_of_memory=starved and code == 137)
+
+    def _is_running(self) -> bool:
+        try:
+            self._container.reload()
+        except Exception:
+            return False  # waiting for it will say why
+        return str(self._container.status) in ("created", "running", "paused")
 
     def terminate(self) -> None:
         self._signal("SIGTERM")

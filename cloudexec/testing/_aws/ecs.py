@@ -452,7 +452,10 @@ def _spec(
         log_create=options.get("awslogs-create-group") == "true",
         overrides_length=0,  # RunTask has checked it
         tags_of_task=len(tags),
-        container={"networkConfiguration": {"assignPublicIp": network.get("assignPublicIp")}},
+        container={
+            "networkConfiguration": {"assignPublicIp": network.get("assignPublicIp")},
+            "jobRoleArn": overrides.get("taskRoleArn") or definition["taskRoleArn"] or "",
+        },
         tags=tags,
         extra={
             "startedBy": started_by,

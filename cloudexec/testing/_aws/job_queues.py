@@ -156,6 +156,8 @@ class JobQueues:
                 reasons.add(None)
             elif self._faults.role_is_broken(environment.arn, environment.name):
                 reasons.add(ROLE_BROKEN)
+            elif not environment.has_gpus and _needs_gpus(job):
+                reasons.add(NO_INSTANCE)
             elif vcpus > environment.max_vcpus:
                 reasons.add(TOO_LARGE)
             elif not self._faults.has_instances(*_names(view, environment)):
@@ -197,3 +199,7 @@ class JobQueues:
 def _names(queue: QueueView, environment: EnvironmentView) -> tuple[str, ...]:
     """Return the names by which a fault may name a queue's environment."""
     return (queue.arn, queue.name, environment.arn, environment.name, environment.kind)
+
+
+def _needs_gpus(job: Job) -> bool:
+    return any(each["type"] == "GPU" for each in job.spec.container.get("resourceRequirements", ()))

@@ -31,6 +31,7 @@ _S3 = {
     "CopyObject": "PutObject",
     "CreateMultipartUpload": "PutObject",
     "UploadPart": "PutObject",
+    "UploadPartCopy": "PutObject",
     "CompleteMultipartUpload": "PutObject",
     "DeleteObjects": "DeleteObject",
 }

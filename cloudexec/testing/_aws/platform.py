@@ -20,6 +20,8 @@ class EnvironmentView:
     kind: str
     max_vcpus: float
     enabled: bool
+    has_gpus: bool = False
+    """Whether some of its instance types have GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

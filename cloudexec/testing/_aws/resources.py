@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ from cloudexec.testing._aws.roles import RoleKeys
 from cloudexec.testing._aws.runners import StartError
 
 __all__ = ["MotoPlatform"]
+
+_GPU_FAMILY = re.compile(r"(?:g[3-9]|p[2-9])\w*(?:\.|$)")
+"""Instance types with GPUs, which ``"optimal"`` and the like do not stand for: those are families
+c, m and r. AWS Batch API Reference, "ComputeResource"."""
 
 
 class MotoPlatform:
@@ -63,6 +68,10 @@ class MotoPlatform:
                     kind=environment.compute_resources["type"],
                     max_vcpus=float(environment.compute_resources["maxvCpus"]),
                     enabled=environment.state == "ENABLED",
+                    has_gpus=any(
+                        _GPU_FAMILY.match(each)
+                        for each in environment.compute_resources.get("instanceTypes") or ()
+                    ),
                 )
                 for environment in environments
             ),
@@ -78,6 +87,9 @@ class MotoPlatform:
             **self._job_environment,
             "ECS_CONTAINER_METADATA_URI_V4": f"{self._metadata_url}/v4/{job.task_id}",
         }
+        role = job.spec.container.get("jobRoleArn", "")
+        if self._role_keys is not None and role:
+            found["AWS_ACCESS_KEY_ID"] = self._role_keys.key_of(role)
         if job.spec.cluster:
             return found
         found |= {
@@ -86,9 +98,6 @@ class MotoPlatform:
             "AWS_BATCH_CE_NAME": job.environment_name or "",
             "AWS_BATCH_JQ_NAME": job.spec.queue_name,
         }
-        role = job.spec.container.get("jobRoleArn", "")
-        if self._role_keys is not None and role:
-            found["AWS_ACCESS_KEY_ID"] = self._role_keys.key_of(role)
         if job.parent is not None:
             found["AWS_BATCH_JOB_ARRAY_INDEX"] = str(job.index)
             found["AWS_BATCH_JOB_ARRAY_SIZE"] = str(len(job.parent.children))

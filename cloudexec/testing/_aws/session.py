@@ -387,7 +387,7 @@ class Session:
                 profile = f"{name}-{kind.lower()}"
                 iam.create_instance_profile(profile, "/", [], None)
                 resources["instanceRole"] = profile
-                resources["instanceTypes"] = ["optimal"]
+                resources["instanceTypes"] = ["optimal", "g4dn"]
                 resources["allocationStrategy"] = (
                     "SPOT_PRICE_CAPACITY_OPTIMIZED" if kind == "SPOT" else "BEST_FIT_PROGRESSIVE"
                 )
