@@ -16,7 +16,6 @@ from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.instance_diagnosis import cause_of_refused_fleet, may_pass, worst_of
 from cloudexec._aws.instance_requests import Fleet
 from cloudexec._aws.machines import start_instances
-from cloudexec._aws.refusals import THROTTLES
 from cloudexec._errors import AwsError, CloudexecError
 from cloudexec._launchers.ending import insist
 from cloudexec._launchers.fargate.pacer import Pacer
@@ -362,7 +361,8 @@ class Asker:
         try:
             answer = await start_instances(self._clients, fleet)
         except AwsError as exc:
-            exc.uncertain = exc.transient and exc.code not in THROTTLES
+            # Also where the last try was throttled: the answer to an earlier one may be lost.
+            exc.uncertain = exc.transient
             group.is_unsure = before or exc.uncertain
             raise
         except CloudexecError:
