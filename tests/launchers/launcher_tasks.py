@@ -40,13 +40,6 @@ def wait_for_file_or_die(_: str) -> str:
     return "second"
 
 
-def block_the_first_time(path: Path) -> None:
-    """Leave a mark and block; return at once if the mark is there."""
-    if not path.exists():
-        path.touch()
-        time.sleep(600)
-
-
 def run_once(path: Path, seconds: float) -> int:
     """Leave a mark for each time that this runs; return which worker it is."""
     with path.open("a") as file:

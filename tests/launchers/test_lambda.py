@@ -19,7 +19,7 @@ from typing import Any
 import boto3
 import pytest
 from launcher_helpers import eventually
-from launcher_tasks import block_the_first_time, fill, square
+from launcher_tasks import fill, square
 
 from cloudexec import (
     BatchExecutor,
@@ -520,13 +520,10 @@ def test_a_function_that_was_stopped_starts_no_more_workers(
 # Ends.
 
 
-def test_a_worker_whose_environment_dies_costs_no_task(
-    aws: Any, function: Make, tmp_path: Path
-) -> None:
-    begun = tmp_path / "begun"
+def test_a_worker_whose_environment_dies_costs_no_task(aws: Any, function: Make) -> None:
     with BatchExecutor(1, launcher=function()) as executor:
-        future = executor.submit(block_the_first_time, begun)
-        eventually(begun.exists)
+        future = executor.submit(time.sleep, 4.0)
+        eventually(lambda: executor.stats().tasks.running == 1)
         (event,) = aws.invocations()
         os.killpg(event.pid, signal.SIGKILL)
         future.result(timeout=60)
