@@ -13,7 +13,18 @@ from cloudexec._aws.policy_ec2 import OF_INSTANCES, OPERATIONS, PASSED_TO, SIDS,
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
 
-__all__ = ["CALLS", "Call", "Grant", "actions_for", "policy", "unknown_calls"]
+__all__ = [
+    "CALLS",
+    "LARGEST_MANAGED_POLICY",
+    "Call",
+    "Grant",
+    "actions_for",
+    "policy",
+    "unknown_calls",
+]
+
+LARGEST_MANAGED_POLICY = 6_144
+"""Characters without spaces. IAM User Guide, "IAM and AWS STS quotas"."""
 
 Call: TypeAlias = tuple[str, str]
 """A service as botocore names it, and an operation: ``("batch", "SubmitJob")``."""
@@ -36,6 +47,7 @@ Resource: TypeAlias = Literal[
     "own_instance",
     "own_task",
     "queue",
+    "read_role",
     "role",
     "secret",
     "stack",
@@ -142,7 +154,7 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
         )
         for operation, grants in OPERATIONS.items()
     },
-    ("iam", "GetRole"): (Grant("iam:GetRole", "role"),),
+    ("iam", "GetRole"): (Grant("iam:GetRole", "read_role"),),
     # Letting workers connect.
     ("secretsmanager", "GetSecretValue"): (Grant("secretsmanager:GetSecretValue", "secret"),),
     # Objects in the bucket. Workers use URLs that the user has signed with these permissions.
@@ -269,6 +281,7 @@ _SIDS: dict[Resource, str] = {
     "object": "Objects",
     "own_task": "OwnTasks",
     "queue": "Queues",
+    "read_role": "Roles",
     "role": "Roles",
     "secret": "Key",
     "stack": "Stack",
@@ -276,6 +289,18 @@ _SIDS: dict[Resource, str] = {
     "task_definition": "TaskDefinitions",
     **SIDS,  # type: ignore[dict-item]
 }
+
+
+def _short(arns: Iterable[str]) -> list[str]:
+    """Return ARNs in order, with one pattern for those that begin with another one of them."""
+    found: list[str] = []
+    for each in sorted(arns):
+        base = found[-1].removesuffix("*") if found else each
+        if found and each.startswith(f"{base}-"):
+            found[-1] = f"{base}*"
+        else:
+            found.append(each)
+    return found
 
 
 def _resources(
@@ -291,10 +316,10 @@ def _resources(
     match resource:
         case "queue":
             queues = sorted(profile.queues.values()) if profile else ["cloudexec-*"]
-            return [
+            return _short(
                 each if each.startswith("arn:") else arn("batch", f"job-queue/{each}")
                 for each in queues
-            ], {}
+            ), {}
         case "definition":
             return [arn("batch", f"job-definition/{DEFINITION_PREFIX}*")], {}
         case "job":
@@ -311,7 +336,9 @@ def _resources(
         case "image":
             repository = profile.repository.partition("/")[2] if profile else "cloudexec-*"
             return [arn("ecr", f"repository/{repository or '*'}")], {}
-        case "role":
+        case "read_role" if profile and profile.stack:
+            return [arn("iam", f"role/{profile.stack}-*")], {}
+        case "role" | "read_role":
             roles = [profile.execution_role, profile.job_role, profile.run_role] if profile else []
             return sorted(filter(None, roles)) or [arn("iam", "role/cloudexec-*")], {}
         case "function":

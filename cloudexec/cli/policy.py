@@ -37,7 +37,7 @@ def policy_command(name: str | None, partition: str | None) -> int:
     import re
     import sys
 
-    from cloudexec._aws.policy import policy
+    from cloudexec._aws.policy import LARGEST_MANAGED_POLICY, policy
     from cloudexec._aws.profile import Profile
     from cloudexec._errors import ConfigError
     from cloudexec.cli._errors import CommandError
@@ -56,4 +56,11 @@ def policy_command(name: str | None, partition: str | None) -> int:
     except ConfigError as exc:
         raise CommandError(str(exc)) from exc
     click.echo(json.dumps(document, indent=2))
+    if (length := len(json.dumps(document, separators=(",", ":")))) > LARGEST_MANAGED_POLICY:
+        click.echo(
+            f"This policy has {length:,} characters without spaces, and IAM takes managed policies "
+            f"of {LARGEST_MANAGED_POLICY:,}. Make it an inline policy of a role, which may have "
+            f"10,240, or divide its statements among two managed policies.",
+            err=True,
+        )
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import Any
 import botocore.session
 import pytest
 from botocore import xform_name
+from click.testing import CliRunner
 
 import cloudexec
 from cloudexec import ConfigError
@@ -21,6 +23,7 @@ from cloudexec._aws.policy import CALLS, Call, actions_for, policy, unknown_call
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.setup import SetupOptions, up
 from cloudexec.cli._probe import probe
+from cloudexec.cli.policy import policy_command
 from cloudexec.testing import FakeAWS
 
 ACCOUNT = "123456789012"
@@ -149,8 +152,8 @@ def test_with_a_profile_the_resources_are_that_stacks() -> None:
     statements = _statements(policy(PROFILE))
     here = f"eu-central-1:{ACCOUNT}"
     assert statements["Queues"]["Resource"] == [
-        f"arn:aws:batch:{here}:job-queue/cloudexec-default-fargate",
         f"arn:aws:batch:{here}:job-queue/by-name",
+        f"arn:aws:batch:{here}:job-queue/cloudexec-default-fargate",
     ]
     definitions = f"arn:aws:batch:{here}:job-definition/cloudexec-*"
     assert statements["JobDefinitions"]["Resource"] == definitions
@@ -184,7 +187,48 @@ def test_only_what_reads_or_logs_in_is_allowed_on_everything(profile: Profile | 
                 assert is_bounded or verb.startswith(("Describe", "Get", "List")), action
 
 
-@pytest.mark.parametrize("profile", [None, PROFILE], ids=["patterns", "profile"])
+_ROLE = f"arn:aws:iam::{ACCOUNT}:role/cloudexec-default-"
+_QUEUE = f"arn:aws:batch:eu-central-1:{ACCOUNT}:job-queue/cloudexec-default-"
+LARGEST = dataclasses.replace(
+    PROFILE,
+    queues={
+        kind: f"{_QUEUE}{kind.replace('_', '-')}"
+        for kind in ("fargate", "fargate_spot", "fargate_relay", "ec2", "ec2_spot")
+    },
+    execution_role=f"{_ROLE}ExecutionRole-AbCdEfGhIjKl",
+    job_role=f"{_ROLE}JobRole-AbCdEfGhIjKl",
+    run_role=f"{_ROLE}RunRole-AbCdEfGhIjKl",
+    function_role=f"{_ROLE}FunctionRole-AbCdEfGhIjKl",
+    instance_role=f"{_ROLE}InstanceRole-AbCdEfGhIjKl",
+    cluster=f"arn:aws:ecs:eu-central-1:{ACCOUNT}:cluster/cloudexec-default",
+)
+"""A profile for all launchers, as ``cloudexec up --ec2 --with batch,fargate,lambda,ec2`` makes."""
+
+
+def test_a_policy_that_is_too_long_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long names make it longer than IAM takes as one managed policy."""
+    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path))
+    name = "stack-of-" + "a-very-long-name-" * 5
+    fields = dataclasses.asdict(LARGEST)
+    fields["queues"] = {kind: arn.replace("default", name) for kind, arn in LARGEST.queues.items()}
+    for key, value in fields.items():
+        if isinstance(value, str):
+            fields[key] = value.replace("cloudexec-default", f"cloudexec-{name}")
+    Profile(**{**fields, "name": "long"}).save()
+    result = CliRunner().invoke(policy_command, ["--profile", "long"])
+    assert result.exit_code == 0
+    assert "IAM takes managed policies of 6,144" in result.stderr
+    assert json.loads(result.stdout)["Version"] == "2012-10-17"
+
+
+def test_queues_of_a_stack_are_named_by_short_patterns() -> None:
+    queues = _statements(policy(LARGEST))["Queues"]["Resource"]
+    assert queues == [f"{_QUEUE}ec2*", f"{_QUEUE}fargate*"]
+
+
+@pytest.mark.parametrize(
+    "profile", [None, PROFILE, LARGEST], ids=["patterns", "profile", "all launchers"]
+)
 def test_policy_is_well_formed(profile: Profile | None) -> None:
     """It fits into a managed policy: 6,144 characters without spaces. IAM User Guide, "IAM and
     AWS STS quotas"."""
