@@ -110,7 +110,7 @@ def machine_script(wanted: MachineScript) -> str:
     References:
         Amazon EC2 User Guide, "Use the Instance Metadata Service to access instance metadata" and
         "Spot Instance interruption notices"; Amazon ECR User Guide, "Private registry
-        authentication".
+        authentication"; for the order in which services start, aws/amazon-ecs-agent#1707.
     """
     check_environment(wanted.environment)
     minutes = math.ceil(wanted.lifetime / 60)
@@ -138,7 +138,9 @@ def machine_script(wanted: MachineScript) -> str:
     parts = [
         "#!/bin/bash",
         # Before anything that may fail or hang.
-        f"shutdown -P +{minutes} || systemd-run --on-active={minutes}m systemctl poweroff --force",
+        f'[ -n "${_DETACHED}" ] || shutdown -P +{minutes} || '
+        f"systemd-run --on-active={minutes}m systemctl poweroff --force",
+        _DETACH,
         "umask 077",
         "export HOME=${HOME:-/root}",
         f"region={shlex.quote(wanted.region)}",
@@ -168,6 +170,18 @@ def machine_script(wanted: MachineScript) -> str:
         )
     return script
 
+
+_DETACHED = "CLOUDEXEC_DETACHED"
+# The engine starts when cloud-init has ended, and cloud-init waits for this script, so the script
+# goes on as a unit of its own. The agent of Amazon ECS belongs to no cluster here.
+_DETACH = rf"""
+if [ -z "${_DETACHED}" ]; then
+    systemctl stop --no-block ecs
+    exec systemd-run --no-block --setenv={_DETACHED}=1 \
+        --property=StandardOutput=journal+console --property=StandardError=journal+console \
+        /bin/bash "$0"
+fi
+"""
 
 _FUNCTIONS = r"""
 meta=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}
@@ -223,8 +237,6 @@ for try in 1 2 3 4 5 6 7 8; do
     instance=$(imds meta-data/instance-id) && break
     sleep "$try"
 done
-# The agent of Amazon ECS belongs to no cluster here.
-systemctl stop ecs
 systemctl start docker
 """
 

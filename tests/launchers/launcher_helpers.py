@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
-
 from cloudexec import Batch
 from cloudexec._aws.profile import Profile
 
@@ -71,6 +69,8 @@ def kill_a_client(batch: Batch, path: Path, running: int, **options: object) -> 
 def write_profile(aws: Any) -> None:
     """Make what `up --with ec2` makes, as far as instances need it, and write a profile of it."""
     made = aws.set_up("instances")
+    import boto3  # some tests that use other helpers run without it
+
     iam = boto3.client("iam", region_name=aws.region)
     iam.create_instance_profile(InstanceProfileName="instances")
     iam.add_role_to_instance_profile(InstanceProfileName="instances", RoleName="instances-instance")

@@ -110,7 +110,26 @@ def test_an_instance_runs_its_script_and_ends_when_that_shuts_it_down(aws: FakeA
     assert found.type == "c7i.large"
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_the_engine_starts_when_the_script_has_ended(aws: FakeAWS, first: bool) -> None:
+    """A script that waits for it within cloud-init would wait for ever."""
+    aws.faults.ec2.engine_starts_first = first
+    script = (
+        '[ -n "$again" ] || { docker pull early:1; exec systemd-run --no-block --setenv=again=1 '
+        '/bin/bash "$0"; }\n'
+        "systemctl start docker; docker pull late:1; shutdown -h now\n"
+    )
+    found = ended(aws, fleet(script))
+    early = (
+        "early:1"
+        if first
+        else "Cannot connect to the Docker daemon at unix:///var/run/docker.sock."
+    )
+    assert list(filter(None, found.console.split("\n"))) == [early, "late:1"]
+
+
 def test_docker_runs_containers_and_tells_how_they_ended(aws: FakeAWS) -> None:
+    aws.faults.ec2.engine_starts_first = True
     script = (
         "docker run -d plain:1 2>&1; docker pull plain:1; "
         "SECRET=hush docker run -d -e SECRET -e 'A=it is' plain:1 "
@@ -126,6 +145,7 @@ def test_docker_runs_containers_and_tells_how_they_ended(aws: FakeAWS) -> None:
 
 def test_a_timer_of_the_script_ends_an_instance_that_hangs(aws: FakeAWS) -> None:
     """Also if its container ignores what it is told."""
+    aws.faults.ec2.engine_starts_first = True
     script = "shutdown -P +20\ndocker pull stuck:1\ndocker run -d stuck:1\ndocker wait worker"
     began = time.monotonic()
     found = ended(aws, fleet(script))
@@ -137,6 +157,7 @@ def test_a_timer_of_the_script_ends_an_instance_that_hangs(aws: FakeAWS) -> None
 def test_an_instance_that_is_terminated_tells_its_container_unless_in_a_hurry(
     aws: FakeAWS, shared: FakeAWS, at_once: bool
 ) -> None:
+    aws.faults.ec2.engine_starts_first = True
     script = (
         "docker pull plain:1; docker run -d plain:1 python3 -c 'import signal, time;"
         'signal.signal(signal.SIGTERM, lambda *_: exit(5)); open("ready", "w").close();'

@@ -35,6 +35,8 @@ class Ec2Faults:
             the instances that it has started. Otherwise the answer is the same. AWS documents that
             nothing is started twice, and not what a fleet's answer is.
         scripts_hang: Whether instances do not run their scripts.
+        engine_starts_first: Whether the container engine starts before the script in the user data
+            runs, as it may on other systems than the ECS-optimised one.
     """
 
     def __init__(self) -> None:
@@ -49,6 +51,7 @@ class Ec2Faults:
         self.ends_without_capacity = False
         self.answers_once = False
         self.scripts_hang = False
+        self.engine_starts_first = False
         self._failures: list[list[object]] = []
         self._missing: list[list[object]] = []
 

@@ -37,15 +37,30 @@ input=
     }}
 """
 
+_SYSTEMD_RUN = """#!/bin/bash
+for word; do
+    case $word in
+        --on-active=*) exit 0 ;;
+        --setenv=*) export "${word#--setenv=}"; shift ;;
+        --*) shift ;;
+        *) break ;;
+    esac
+done
+"$@" </dev/null &
+"""
+"""It starts a program, and does not wait for its end. Timers are not emulated, but for those of
+``shutdown``."""
+
 Answer = tuple[int, bytes]
 
 
 def write_commands(directory: Path) -> None:
     """Write the commands that stand for those of an instance's system."""
     directory.mkdir()
-    for name in ("docker", "shutdown", "systemctl", "systemd-run"):
+    commands = {name: _COMMAND.format(name=name) for name in ("docker", "shutdown", "systemctl")}
+    for name, text in {**commands, "systemd-run": _SYSTEMD_RUN}.items():
         path = directory / name
-        path.write_text(_COMMAND.format(name=name))
+        path.write_text(text)
         path.chmod(0o755)
 
 
@@ -135,8 +150,12 @@ class InstanceHost:
         given, _, variables = rest.partition("\0")
         if name == "shutdown":
             return self._shutdown(instance, arguments)
+        if name == "systemctl" and arguments == ["start", "docker"]:
+            self._instances.wait_for_engine(instance)
         if name != "docker" or not arguments:
             return 0, ""
+        if not self._instances.has_engine(instance):
+            return 1, "Cannot connect to the Docker daemon at unix:///var/run/docker.sock."
         environment = dict(
             each.partition("=")[::2] for each in variables.split("\0") if "=" in each
         )

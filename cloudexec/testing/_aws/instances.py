@@ -29,6 +29,7 @@ from cloudexec.testing._aws.timers import Timers, Timing
 __all__ = ["ENDED", "Instance", "Instances", "Order"]
 
 ENDED = ("shutting-down", "terminated")
+_LOOK = 0.01
 _REASONS = {
     "itself": (
         "Client.InstanceInitiatedShutdown",
@@ -268,6 +269,20 @@ class Instances:
         for thread in threads:
             thread.join()
         self._timers.join()
+
+    def has_engine(self, instance: Instance) -> bool:
+        """Say whether the container engine of an instance has started.
+
+        It starts when cloud-init has ended, and so not before the script in the user data has: see
+        aws/amazon-ecs-agent#1707. For systems without that order, there is a fault.
+        """
+        process = instance.process
+        return self._faults.engine_starts_first or process is None or process.poll() is not None
+
+    def wait_for_engine(self, instance: Instance) -> None:
+        """Wait until the container engine of an instance has started, or the instance has ended."""
+        while not self.has_engine(instance) and not instance.ended:
+            time.sleep(_LOOK)
 
     # One instance.
 
