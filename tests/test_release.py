@@ -75,11 +75,13 @@ def test_nothing_unexpected_is_installed_along() -> None:
 
 def test_each_dependency_has_a_lower_bound_that_is_tested() -> None:
     """In the form in which ``.ci/run`` reads them, to install just these."""
-    for each in _declared():
+    # What has a marker raises such a bound for some versions of Python.
+    declared = [each for each in _declared() if each.marker is None]
+    for each in declared:
         assert re.fullmatch(r"[a-z0-9]+", each.name), each
         lower = [spec.version for spec in each.specifier if spec.operator == ">="]
         assert len(lower) == 1, f"{each}: no lower bound, or several"
     text = (_ROOT / "pyproject.toml").read_text()
     listed = text.split("dependencies = [")[1].split("]")[0]
     read = re.findall(r'^    "([a-z0-9]*)>=([0-9.]*)[",]', listed, re.MULTILINE)
-    assert len(read) == len(_declared())
+    assert len(read) == len(declared)

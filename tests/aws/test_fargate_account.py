@@ -90,7 +90,7 @@ def test_up_adds_a_cluster_where_it_is_asked_to_and_keeps_it(aws: FakeAWS) -> No
 
 
 def test_launchers_that_a_stack_cannot_be_for_are_refused() -> None:
-    with pytest.raises(ConfigError, match="can be for batch, fargate, ec2, not for slurm"):
+    with pytest.raises(ConfigError, match="can be for batch, fargate, ec2, lambda, not for slurm"):
         SetupOptions(launchers=("fargate", "slurm"))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 from launcher_helpers import eventually
 from launcher_tasks import fill, square
@@ -525,7 +526,9 @@ def test_a_worker_whose_environment_dies_costs_no_task(aws: Any, function: Make)
         future = executor.submit(time.sleep, 4.0)
         eventually(lambda: executor.stats().tasks.running == 1)
         (event,) = aws.invocations()
-        os.killpg(event.pid, signal.SIGKILL)
+        runtime = psutil.Process(event.pid)
+        for each in (*runtime.children(recursive=True), runtime):
+            each.kill()
         future.result(timeout=60)
     assert len(aws.invocations()) == 2
 
