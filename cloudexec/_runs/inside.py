@@ -356,7 +356,7 @@ class _Machine:
             # Processes that the program has left behind end with it, as with its container.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-        code = await ending
+            code = await ending  # also when cancelled, so that nothing of it is left open
         if self._was_interrupted:
             return INTERRUPTED  # whatever it made of it: another attempt may have to follow
         if code == -signal.SIGKILL and not self._reason:
