@@ -263,7 +263,10 @@ async def _run(
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+        ended = asyncio.ensure_future(process.wait())
+        while not ended.done():  # a second cancellation must not leave its pipes open
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(ended)
         raise
     said = err.decode(errors="replace").strip()
     if process.returncode and not (gone_is_fine and "Invalid job id" in said):
