@@ -167,18 +167,20 @@ def test_the_monitor_shows_workers_by_the_log_and_costs_by_the_millisecond(aws: 
         assert (shown.vcpus, shown.memory_mib) == (1.0, 1769)
         (job,) = monitor.jobs()
         assert (job.state, job.compute, job.first_worker) == ("RUNNING", "lambda", 1)
-        lines = CliRunner().invoke(logs_command, [job.id]).output
-        assert "enrolled as worker-1" in lines
+        line = "enrolled as worker-1"
+        eventually(lambda: line in CliRunner().invoke(logs_command, [job.id]).output)
         assert monitor.jobs(active=False) == []
     eventually(lambda: over(aws))
     (event,) = aws.invocations()
     with Monitor("default") as monitor:
-        (job,) = eventually(lambda: monitor.jobs(active=False))
+        exact = pytest.approx(launcher.estimate(1, event.billed_ms / 1000).accrued_usd)
+        # The log has the line with the cost a moment after the end.
+        (job,) = eventually(
+            lambda: [each for each in monitor.jobs(active=False) if each.cost_usd == exact]
+        )
         assert (job.state, job.exit_code, job.reason) == ("SUCCEEDED", 0, "")
-        exact = launcher.estimate(1, event.billed_ms / 1000).accrued_usd
-        assert job.cost_usd == pytest.approx(exact)
         report = monitor.cost()
-        assert report.cost_usd == pytest.approx(exact)
+        assert report.cost_usd == exact
         assert any("of the last day" in note for note in report.notes)
     for command in (ps_command, jobs_command, cost_command):
         done = CliRunner().invoke(command, [])
