@@ -31,8 +31,8 @@ from cloudexec import (
     LaunchError,
     WorkerLostError,
 )
+from cloudexec._launchers.aws.pacer import Pacer
 from cloudexec._launchers.fargate import platform as fargate_platform
-from cloudexec._launchers.fargate.pacer import Pacer
 from cloudexec.launchers import ExecutorInfo, Inspection, JobRequest, Phase, Target
 
 Make = Callable[..., Fargate]

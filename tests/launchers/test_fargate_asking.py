@@ -12,7 +12,7 @@ import pytest
 from launcher_helpers import eventually, unfinished
 
 from cloudexec import AwsError, Fargate
-from cloudexec._launchers.fargate import asking
+from cloudexec._launchers.aws import asking
 from cloudexec._launchers.fargate import platform as fargate_platform
 from cloudexec.launchers import (
     ExecutorInfo,

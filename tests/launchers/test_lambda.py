@@ -34,7 +34,7 @@ from cloudexec import (
     WorkerLostError,
 )
 from cloudexec._aws.prices import PriceTable
-from cloudexec._launchers.fargate.pacer import Pacer
+from cloudexec._launchers.aws.pacer import Pacer
 from cloudexec._launchers.lambda_ import asking
 from cloudexec.launchers import ExecutorInfo, Inspection, JobRequest
 from cloudexec.testing import FakeAWS

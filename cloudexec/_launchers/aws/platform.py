@@ -30,7 +30,7 @@ from cloudexec._launchers.platform import ExecutorInfo, Platform, Site
 from cloudexec._log import tell
 from cloudexec._pricing import WorkerPrice
 
-__all__ = ["AwsPlatform", "Settings", "all_of", "connected"]
+__all__ = ["AwsPlatform", "DefinedPlatform", "Settings", "all_of", "connected"]
 
 _CONCURRENT_CALLS = 8
 _RELAY_LIFETIME = 24 * 3600.0
@@ -130,8 +130,6 @@ class AwsPlatform(Platform):
         self._profile = profile
         self._prices = prices
         self._image = ""
-        self._definition = ""
-        self._defining = asyncio.Lock()
         self._keyed_by_stack = bool(profile.key_secret)
         self._inquiry = Inquiry(self._call, settings.compute)
         self._inquiry.log_group = profile.log_group or DEFAULT_LOG_GROUP
@@ -257,21 +255,6 @@ class AwsPlatform(Platform):
             region=self._clients.region,
         )
 
-    async def _define(self, gone: str = "") -> str:
-        """Return the definition from which workers are started; find or register it first.
-
-        Args:
-            gone: A definition that was removed, in place of which another one is registered.
-        """
-        async with self._defining:
-            if self._definition == gone:
-                self._definition = await self._ensure(await self._definition_spec())
-            return self._definition
-
-    @abstractmethod
-    async def _ensure(self, spec: DefinitionSpec) -> str:
-        """Find a definition with this content, or register it; return its name or ARN."""
-
     async def _definition_spec(self) -> DefinitionSpec:
         settings, profile = self._settings, self._profile
         return DefinitionSpec(
@@ -325,6 +308,37 @@ class AwsPlatform(Platform):
             # With this tag, `cloudexec run` stops the workers with the run, and sums their costs.
             tags[names.TAG_RUN] = tag_value(run)
         return tags
+
+
+class DefinedPlatform(AwsPlatform):
+    """A platform on AWS whose workers are all started from one definition; see ``AwsPlatform``."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        executor: ExecutorInfo,
+        clients: AwsClients,
+        profile: Profile,
+        prices: PriceTable,
+    ) -> None:
+        super().__init__(settings, executor, clients, profile, prices)
+        self._definition = ""
+        self._defining = asyncio.Lock()
+
+    async def _define(self, gone: str = "") -> str:
+        """Return the definition from which workers are started; find or register it first.
+
+        Args:
+            gone: A definition that was removed, in place of which another one is registered.
+        """
+        async with self._defining:
+            if self._definition == gone:
+                self._definition = await self._ensure(await self._definition_spec())
+            return self._definition
+
+    @abstractmethod
+    async def _ensure(self, spec: DefinitionSpec) -> str:
+        """Find a definition with this content, or register it; return its name or ARN."""
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from cloudexec._aws.diagnosis import LOG_LINES, JobEnd, Situation
+from cloudexec._aws.diagnosis import LOG_LINES, Cause, JobEnd, Situation
 from cloudexec._aws.quotas import vcpu_quotas
 from cloudexec._errors import AwsError
-from cloudexec._launchers.platform import Phase, WaitingJob
+from cloudexec._launchers.platform import Phase, Reason, WaitingJob, WorkerEnd
 
-__all__ = ["DEFAULT_LOG_GROUP", "Inquiry", "statuses_of"]
+__all__ = ["DEFAULT_LOG_GROUP", "Inquiry", "reason_of", "statuses_of"]
 
 DEFAULT_LOG_GROUP = "/aws/batch/job"
 """Log group of jobs that name none. AWS Batch User Guide, "Using CloudWatch Logs"."""
@@ -35,6 +35,13 @@ def statuses_of(waiting: Sequence[WaitingJob]) -> Counter[str]:
         statuses.update({_STATES[p]: n for p, n in each.counts.items() if p in _STATES})
         statuses["RUNNING"] -= each.connected
     return statuses
+
+
+def reason_of(cause: Cause | None) -> Reason | None:
+    """Return a cause in the form in which a platform explains it."""
+    if cause is None:
+        return None
+    return Reason(cause.text, cause.remedy, cause.fatal, no_room=cause.no_room)
 
 
 class Inquiry:
@@ -102,6 +109,22 @@ class Inquiry:
             "batch", "describe_compute_environments", computeEnvironments=order
         )
         return found, described["computeEnvironments"]
+
+    def known(self, waiting: Sequence[WaitingJob], ends: Sequence[WorkerEnd]) -> Situation:
+        """Return the facts that are known without another question to AWS.
+
+        Args:
+            waiting: The jobs that wait, the oldest first.
+            ends: Ends of workers that never connected.
+        """
+        return Situation(
+            statuses=statuses_of(waiting),
+            reasons=[each.reason for each in waiting if each.reason],
+            ends=[end.details for end in ends if isinstance(end.details, JobEnd)],
+            spot=waiting[0].spot,
+            advertised=self.advertised,
+            relay=self.relay,
+        )
 
     async def situation(
         self,

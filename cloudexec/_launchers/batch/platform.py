@@ -21,9 +21,9 @@ from cloudexec._aws.diagnosis import (
 from cloudexec._aws.limits import ARRAY_LARGEST, DESCRIBE_JOBS
 from cloudexec._aws.requests import DefinitionSpec, definition_request, submit_request
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._launchers.aws.platform import AwsPlatform, all_of, connected
+from cloudexec._launchers.aws.platform import DefinedPlatform, all_of, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
-from cloudexec._launchers.batch.inquiry import DEFAULT_LOG_GROUP
+from cloudexec._launchers.batch.inquiry import DEFAULT_LOG_GROUP, reason_of
 from cloudexec._launchers.batch.reading import PHASES, end_of, run_of, worker_end
 from cloudexec._launchers.platform import (
     ExecutorInfo,
@@ -69,8 +69,8 @@ def connect(
     return connected(settings, executor, BatchPlatform, of=settings.queue or "")
 
 
-class BatchPlatform(AwsPlatform):
-    """AWS Batch, for one executor; see ``AwsPlatform``."""
+class BatchPlatform(DefinedPlatform):
+    """AWS Batch, for one executor; see ``DefinedPlatform``."""
 
     name = "AWS Batch"
     most_workers = ARRAY_LARGEST
@@ -305,10 +305,7 @@ class BatchPlatform(AwsPlatform):
             vcpus=self._settings.size_of(oldest.size).vcpus,
             used_vcpus=self._used_vcpus(each for each in waiting if each.spot == oldest.spot),
         )
-        cause = cause_of_waiting(situation)
-        if cause is None:
-            return None
-        return Reason(cause.text, cause.remedy, cause.fatal, no_room=cause.no_room)
+        return reason_of(cause_of_waiting(situation))
 
     # The end.
 

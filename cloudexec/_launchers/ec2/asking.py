@@ -1,13 +1,8 @@
-"""Asking Amazon EC2 for instances, many with one request, until there is capacity for all of them.
-
-There is no queue in AWS in which a worker could wait for capacity, so it waits here: one background
-task asks again for all workers that wait. Of jobs that are alike, one finds out for the others.
-"""
+"""Asks Amazon EC2 for instances, many with one request, until there is capacity for all of them."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,14 +12,11 @@ from cloudexec._aws.instance_diagnosis import cause_of_refused_fleet, may_pass, 
 from cloudexec._aws.instance_requests import Fleet
 from cloudexec._aws.machines import start_instances
 from cloudexec._errors import AwsError, CloudexecError
-from cloudexec._launchers.ending import insist
-from cloudexec._launchers.fargate.pacer import Pacer
+from cloudexec._launchers.aws.asking import CapacityAsker
+from cloudexec._launchers.aws.pacer import Pacer
 from cloudexec._launchers.platform import JobRequest, Phase, Reason, WorkerEnd, WorkerStatus
-from cloudexec._log import Log
 
 __all__ = ["CALLS_PER_SECOND", "Asker", "Group"]
-
-_logger = Log()
 
 CALLS_PER_SECOND = 2
 """Calls that start instances which AWS takes per second, after the first five. Amazon EC2 Developer
@@ -39,11 +31,6 @@ _TOO_MANY = (
     f"Amazon EC2 starts {_INSTANCES_PER_SECOND} instances a second after the first "
     f"{_INSTANCES_BURST} (RequestLimitExceeded otherwise)"
 )
-_FIRST_PAUSE = 1.0
-_LONGEST_PAUSE = 15.0
-"""Seconds until Amazon EC2 is asked again where it had no capacity, at first and in the end."""
-_CLOSE_PATIENCE = 20.0
-"""Seconds for which calls are waited for that are being made at the end."""
 _NOT_SEEN = WorkerStatus(phase=Phase.ACCEPTED)
 
 
@@ -138,24 +125,7 @@ class Group:
         return fresh[len(free) :]
 
 
-@dataclass(slots=True)
-class _Drought:
-    """Nothing of one kind can be had.
-
-    Attributes:
-        reason: In the words of Amazon EC2; empty: it did not say.
-        trouble: Why it did not: an error that may pass.
-        until: When it is asked for again, on the monotonic clock.
-        pause: Seconds until then.
-    """
-
-    reason: str
-    until: float
-    pause: float
-    trouble: str = ""
-
-
-class Asker:
+class Asker(CapacityAsker[Group]):
     """Asks for the instances of one executor's workers.
 
     Args:
@@ -168,6 +138,8 @@ class Asker:
         stop_hint: What a user can do to end workers; see ``Platform``.
     """
 
+    service, machines = "Amazon EC2", "instances"
+
     def __init__(
         self,
         clients: AwsClients,
@@ -179,46 +151,31 @@ class Asker:
         end: Callable[[Iterable[str]], Coroutine[object, object, None]],
         stop_hint: str,
     ) -> None:
+        super().__init__(groups, stop_hint)
         self._calls = Pacer(CALLS_PER_SECOND, _BURST)
         self._instances = Pacer(_INSTANCES_PER_SECOND, _INSTANCES_BURST)
         self._clients = clients
-        self._groups = groups
         self._fleet = fleet
         self._template = template
         self._started_by = started_by
         self._end = end
-        self._stop_hint = stop_hint
-        self._droughts: dict[tuple[bool, int], _Drought] = {}
         self._fleets: dict[str, Fleet] = {}
-        self._wake = asyncio.Event()
-        self._again: asyncio.Task[None] | None = None
-        self._ends: set[asyncio.Task[None]] = set()
 
     async def turn(self) -> None:
         """Wait until a call may be made."""
         await self._calls.wait()
 
     async def ask(self, group: Group) -> None:
-        """Ask for the instances of a group. The answer is heard also if this is cancelled.
+        """Ask for the instances of a group, as ``ask_now`` does.
 
         If AWS would refuse so many instances at once, they wait as for capacity.
-
-        Raises:
-            AwsError: If AWS refuses.
-            CloudexecError: If the settings make it impossible.
         """
         count = len(group.lacking)
         if group.asking is None and not self._instances.is_free(count):
             group.reason = _TOO_MANY
             return
         await self._instances.wait(max(1, count))
-        await asyncio.shield(self._begin(group, self._ask(group)))
-
-    def ask_again(self) -> None:
-        """Ask again for the groups that wait, from now on and in the background."""
-        self._wake.set()
-        if self._again is None or self._again.done():
-            self._again = asyncio.get_running_loop().create_task(self._keep_asking())
+        await self.ask_now(group)
 
     def go_without(self, group: Group, worker: Worker, reason: str) -> None:
         """Let a worker wait for capacity, and with it all others of its kind."""
@@ -229,78 +186,34 @@ class Asker:
         group.reason = reason
         self._pause(group, reason)
 
-    def trouble(self, group: Group) -> str:
-        """Say why AWS cannot be asked for workers that wait; empty: it can."""
-        drought = self._droughts.get(group.kind)
-        return drought.trouble if drought is not None and group.waits else ""
-
     def end_soon(self, instances: Iterable[str]) -> None:
         """End instances in the background."""
         ids = list(instances)
         if ids:
-            end = asyncio.get_running_loop().create_task(self._end_late(ids))
-            self._ends.add(end)
-            end.add_done_callback(self._ends.discard)
+            self._end_in_background(lambda: self._end(ids), f"instances ({', '.join(ids[:20])})")
 
-    async def close(self) -> None:
-        """Ask no more, and end what calls that are being made still start.
+    async def _turn(self, group: Group) -> None:
+        await self._calls.wait()
+        await self._instances.wait(max(1, len(group.lacking)))
 
-        A call of which no answer comes in some seconds is given up. Instances that it may have
-        started find no client, and end by themselves.
-        """
-        if self._again is not None:
-            self._again.cancel()
-            await asyncio.gather(self._again, return_exceptions=True)
-        for group in self._groups.values():
-            for worker in group.workers:
-                worker.is_doomed = worker.is_doomed or group.asking is not None
-        asking = [each.asking for each in self._groups.values() if each.asking is not None]
-        if pending := [*asking, *self._ends]:
-            _, late = await asyncio.wait(pending, timeout=_CLOSE_PATIENCE)
-            if late:
-                unheard = [each.name for each in self._groups.values() if each.asking in late]
-                _logger.error(
-                    "Amazon EC2 does not answer, and may have started instances for %s that are "
-                    "not ended: they end by themselves when they find no client. %s",
-                    ", ".join(unheard) or "this executor",
-                    self._stop_hint,
-                )
-            for each in late:
-                each.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+    def _fail(self, group: Group, reason: Reason) -> None:
+        for worker in group.lacking:
+            worker.end = WorkerEnd(reason=reason)
+
+    def _doom(self, group: Group) -> None:
+        for worker in group.workers:
+            worker.is_doomed = True
+
+    async def _end_doomed(self, group: Group) -> None:
+        self.end_soon(each.instance for each in group.workers if each.is_doomed and each.instance)
 
     # One call.
 
-    def _begin(self, group: Group, call: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        if group.asking is not None:
-            call.close()
-            return group.asking
-
-        async def ask() -> None:
-            try:
-                await call
-            finally:
-                # Those who ended workers may not have waited for this answer.
-                doomed = [each.instance for each in group.workers if each.is_doomed]
-                self.end_soon(filter(None, doomed))
-
-        def asked(done: asyncio.Task[None]) -> None:
-            group.asking = None
-            self._wake.set()
-            if not done.cancelled():
-                done.exception()  # it is raised where it is waited for, which is not necessary
-
-        group.asking = asyncio.get_running_loop().create_task(ask())
-        group.asking.add_done_callback(asked)
-        return group.asking
-
-    async def _ask(self, group: Group) -> None:
+    async def _call_for(self, group: Group) -> None:
         lacking = group.lacking
         if not lacking:
             return
-        drought = self._droughts.get(group.kind)
-        if drought is not None and time.monotonic() < drought.until and not group.is_unsure:
-            group.reason = drought.reason or group.reason
+        if not group.is_unsure and self._is_dry(group):
             return
         group.tried_at = time.monotonic()
         was_unsure = group.is_unsure
@@ -370,77 +283,3 @@ class Asker:
             raise
         group.is_unsure = False
         return list(answer.instances), worst_of(answer.errors) if answer.errors else ""
-
-    def _pause(self, group: Group, reason: str, trouble: str = "") -> None:
-        """Ask for nothing of a group's kind for a while."""
-        now = time.monotonic()
-        drought = self._droughts.get(group.kind)
-        if drought is None or now >= drought.until:
-            pause = _FIRST_PAUSE if drought is None else min(2 * drought.pause, _LONGEST_PAUSE)
-            self._droughts[group.kind] = _Drought(reason, now + pause, pause, trouble)
-
-    async def _end_late(self, instances: list[str]) -> None:
-        """End instances that nothing else ends; if that fails, say so."""
-        try:
-            await insist(lambda: self._end(instances))
-        except CloudexecError as exc:
-            names = ", ".join(instances[:20])
-            _logger.error("instances could not be ended (%s): %s. %s", names, exc, self._stop_hint)
-
-    # Again.
-
-    async def _keep_asking(self) -> None:
-        """Ask for workers that wait, as long as there are some."""
-        while any(each.waits for each in self._groups.values()):
-            self._wake.clear()
-            pause = await self._ask_some()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
-
-    async def _ask_some(self) -> float:
-        """Ask for those workers that may find a place now; return seconds until there may be more.
-
-        Calls are made at the same time, since each of them may take long.
-        """
-        kinds: dict[tuple[bool, int], list[Group]] = {}
-        for group in self._groups.values():
-            if group.waits:
-                kinds.setdefault(group.kind, []).append(group)
-        pause = _LONGEST_PAUSE
-        for kind, groups in kinds.items():
-            idle = [each for each in groups if each.asking is None]
-            drought = self._droughts.get(kind)
-            if drought is not None:
-                for each in idle:
-                    each.reason = drought.reason or each.reason
-                if (left := drought.until - time.monotonic()) > 0:
-                    pause = min(pause, left)
-                    continue
-                if len(idle) < len(groups):
-                    continue  # the answer for one that is asked for comes, and wakes this up
-                idle = sorted(idle, key=lambda each: each.tried_at)[:1]
-            for each in idle:
-                await self._calls.wait()
-                await self._instances.wait(max(1, len(each.lacking)))
-                if each.waits:
-                    self._begin(each, self._ask_quietly(each))
-                if self._droughts.get(kind) is not drought:
-                    break  # an answer has come meanwhile
-        return pause
-
-    async def _ask_quietly(self, group: Group) -> None:
-        """Ask for workers that nobody waits for at this moment, and note what becomes of them."""
-        try:
-            await self._ask(group)
-        except CloudexecError as exc:
-            if isinstance(exc, AwsError) and exc.may_pass:
-                self._pause(group, "", str(exc))
-                return
-            reason = Reason(str(exc), fatal=True)
-        except Exception as exc:
-            _logger.exception("internal error while asking for the workers of %s", group.name)
-            reason = Reason(f"internal error: {exc}", fatal=True)
-        else:
-            return
-        for worker in group.lacking:
-            worker.end = WorkerEnd(reason=reason)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from cloudexec._aws import names
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.diagnosis import Cause, JobEnd, Situation, is_over_quota
+from cloudexec._aws.diagnosis import JobEnd, is_over_quota
 from cloudexec._aws.instance_diagnosis import (
     cause_of_waiting_instances,
     lacks_capacity,
@@ -48,9 +48,9 @@ from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec
 from cloudexec._errors import ConfigError
-from cloudexec._launchers.aws.platform import AwsPlatform, connected
+from cloudexec._launchers.aws.platform import DefinedPlatform, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
-from cloudexec._launchers.batch.inquiry import statuses_of
+from cloudexec._launchers.batch.inquiry import reason_of
 from cloudexec._launchers.batch.reading import worker_end
 from cloudexec._launchers.ec2.asking import CALLS_PER_SECOND, Asker, Group, Worker
 from cloudexec._launchers.ec2.reading import (
@@ -111,8 +111,8 @@ def connect(
     return connected(settings, executor, Ec2Platform, of="")
 
 
-class Ec2Platform(AwsPlatform):
-    """EC2 instances, for one executor; see ``AwsPlatform``."""
+class Ec2Platform(DefinedPlatform):
+    """EC2 instances, for one executor; see ``DefinedPlatform``."""
 
     name = "Amazon EC2"
     most_workers = MOST_INSTANCES
@@ -490,18 +490,7 @@ class Ec2Platform(AwsPlatform):
                 # This says nothing of the workers themselves, and may pass.
                 text = f"Amazon EC2 cannot be asked for instances now: {trouble}"
                 return Reason(text, "it is tried again")
-        situation = Situation(
-            statuses=statuses_of(waiting),
-            reasons=[each.reason for each in waiting if each.reason],
-            ends=[end.details for end in ends if isinstance(end.details, JobEnd)],
-            spot=waiting[0].spot,
-            advertised=self._inquiry.advertised,
-            relay=self._inquiry.relay,
-        )
-        cause: Cause | None = cause_of_waiting_instances(situation)
-        if cause is None:
-            return None
-        return Reason(cause.text, cause.remedy, cause.fatal, no_room=cause.no_room)
+        return reason_of(cause_of_waiting_instances(self._inquiry.known(waiting, ends)))
 
     # The end.
 

@@ -1,14 +1,8 @@
-"""Asks Amazon ECS for tasks, with one call for each worker, until there is capacity for it.
-
-AWS has no queue in which such a worker could wait for capacity, so it waits here: one asyncio task
-asks again for all workers that wait. Of workers of the same kind, only one is asked for until there
-is capacity.
-"""
+"""Asks Amazon ECS for tasks, with one call for each worker, until there is capacity for it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -17,17 +11,13 @@ from typing import Any
 import botocore.exceptions
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.refusals import THROTTLES
 from cloudexec._aws.task_diagnosis import cause_of_refused_task, may_pass
-from cloudexec._errors import AwsError, CloudexecError
-from cloudexec._launchers.ending import insist
-from cloudexec._launchers.fargate.pacer import Pacer
+from cloudexec._errors import AwsError
+from cloudexec._launchers.aws.asking import CapacityAsker
+from cloudexec._launchers.aws.pacer import Pacer
 from cloudexec._launchers.platform import JobRequest, Phase, Reason, WorkerEnd, WorkerStatus
-from cloudexec._log import Log
 
 __all__ = ["BURST", "CALLS_PER_SECOND", "Asker", "Worker"]
-
-_logger = Log()
 
 CALLS_PER_SECOND = 20
 """RunTask calls that AWS accepts per second, and at once after a pause. Amazon ECS Developer Guide,
@@ -35,11 +25,6 @@ CALLS_PER_SECOND = 20
 BURST = CALLS_PER_SECOND // 2
 """Calls that are made at once. These are half of what AWS accepts, as slow calls arrive together
 with later ones."""
-_FIRST_PAUSE = 1.0
-_LONGEST_PAUSE = 15.0
-"""Seconds until Amazon ECS is asked again after it had no capacity; doubled up to the longest."""
-_CLOSE_PATIENCE = 20.0
-"""Seconds that ``close`` waits for the answers of calls."""
 _NOT_SEEN = WorkerStatus(phase=Phase.ACCEPTED)
 
 
@@ -102,24 +87,7 @@ class Worker:
         return self.spot, self.request.size if self.request is not None else 0
 
 
-@dataclass(slots=True)
-class _Drought:
-    """A time in which there is no capacity of one kind.
-
-    Attributes:
-        reason: The message of Amazon ECS; empty if the call failed.
-        until: Time of the next call, on the monotonic clock.
-        pause: Seconds between the last call and the next one.
-        trouble: The error with which the call failed, if it may pass; empty if there was none.
-    """
-
-    reason: str
-    until: float
-    pause: float
-    trouble: str = ""
-
-
-class Asker:
+class Asker(CapacityAsker[Worker]):
     """Asks for the tasks of one executor's workers.
 
     Args:
@@ -132,6 +100,8 @@ class Asker:
         stop_hint: What a user can do to end workers; see ``Platform``.
     """
 
+    service, machines = "Amazon ECS", "tasks"
+
     def __init__(
         self,
         clients: AwsClients,
@@ -143,33 +113,13 @@ class Asker:
         stop: Callable[[str, str], Coroutine[Any, Any, None]],
         stop_hint: str,
     ) -> None:
+        super().__init__(workers, stop_hint)
         self.pacer = Pacer(CALLS_PER_SECOND, BURST)
         self._clients = clients
-        self._workers = workers
         self._parameters = parameters
         self._redefine = redefine
         self._started_by = started_by
         self._stop = stop
-        self._stop_hint = stop_hint
-        self._droughts: dict[tuple[bool, int], _Drought] = {}
-        self._wake = asyncio.Event()
-        self._again: asyncio.Task[None] | None = None
-        self._stops: set[asyncio.Task[None]] = set()
-
-    async def ask(self, worker: Worker) -> None:
-        """Ask for the task of a worker. If this is cancelled, the answer is still recorded.
-
-        Raises:
-            AwsError: If AWS refuses.
-            CloudexecError: If the settings make it impossible.
-        """
-        await asyncio.shield(self._begin(worker, self._run_task(worker)))
-
-    def ask_again(self) -> None:
-        """Start to ask again for the workers that wait, in the background."""
-        self._wake.set()
-        if self._again is None or self._again.done():
-            self._again = asyncio.get_running_loop().create_task(self._keep_asking())
 
     def go_without(self, worker: Worker, reason: str) -> None:
         """Let a worker and all others of its kind wait for capacity."""
@@ -179,73 +129,32 @@ class Asker:
         worker.attempt += 1
         self._pause(worker, reason)
 
-    def trouble(self, worker: Worker) -> str:
-        """Return why AWS cannot be asked for a worker that waits; empty if it can."""
-        drought = self._droughts.get(worker.kind)
-        return drought.trouble if drought is not None and worker.waits else ""
-
     def stop_soon(self, arn: str, reason: str) -> None:
         """Stop a task in the background."""
-        stop = asyncio.get_running_loop().create_task(self._stop_late(arn, reason))
-        self._stops.add(stop)
-        stop.add_done_callback(self._stops.discard)
+        self._end_in_background(lambda: self._stop(arn, reason), f"the task {arn}")
 
-    async def close(self) -> None:
-        """Make no more calls, and stop the tasks that calls still start.
+    async def _turn(self, worker: Worker) -> None:
+        await self.pacer.wait()
 
-        A call that is not answered within some seconds is given up. If it has started a task, its
-        worker finds no client, and ends by itself.
-        """
-        if self._again is not None:
-            self._again.cancel()
-            await asyncio.gather(self._again, return_exceptions=True)
-        for worker in self._workers.values():
-            if worker.asking is not None and not worker.is_doomed:
-                worker.is_doomed, worker.doom = True, "cloudexec: the executor has shut down"
-        asking = [each.asking for each in self._workers.values() if each.asking is not None]
-        if pending := [*asking, *self._stops]:
-            _, late = await asyncio.wait(pending, timeout=_CLOSE_PATIENCE)
-            if late:
-                unheard = [each.name for each in self._workers.values() if each.asking in late]
-                _logger.error(
-                    "Amazon ECS does not answer, and may have started tasks for %s that are not "
-                    "stopped: they end by themselves when they find no client. %s",
-                    ", ".join(unheard) or "this executor",
-                    self._stop_hint,
-                )
-            for each in late:
-                each.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+    def _fail(self, worker: Worker, reason: Reason) -> None:
+        worker.end = WorkerEnd(reason=reason)
+
+    def _doom(self, worker: Worker) -> None:
+        if not worker.is_doomed:
+            worker.is_doomed, worker.doom = True, "cloudexec: the executor has shut down"
+
+    async def _end_doomed(self, worker: Worker) -> None:
+        if worker.is_doomed and worker.arn:
+            await self._end_late(
+                lambda: self._stop(worker.arn, worker.doom), f"the task {worker.arn}"
+            )
 
     # One call.
 
-    def _begin(self, worker: Worker, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        if worker.asking is not None:
-            call.close()
-            return worker.asking
-
-        async def ask() -> None:
-            await call
-            if worker.is_doomed and worker.arn:
-                # ``FargatePlatform.terminate`` may have given up waiting for this answer.
-                await self._stop_late(worker.arn, worker.doom)
-
-        def asked(done: asyncio.Task[None]) -> None:
-            worker.asking = None
-            self._wake.set()
-            if not done.cancelled():
-                done.exception()  # so that asyncio does not warn if no caller awaits the task
-
-        worker.asking = asyncio.get_running_loop().create_task(ask())
-        worker.asking.add_done_callback(asked)
-        return worker.asking
-
-    async def _run_task(self, worker: Worker) -> None:
+    async def _call_for(self, worker: Worker) -> None:
         if worker.is_doomed:
             return
-        drought = self._droughts.get(worker.kind)
-        if drought is not None and time.monotonic() < drought.until and not worker.is_unsure:
-            worker.reason = drought.reason or worker.reason
+        if not worker.is_unsure and self._is_dry(worker):
             return
         worker.tried_at = time.monotonic()
         was_unsure = worker.is_unsure
@@ -305,80 +214,13 @@ class Asker:
             if exc.code == "ConflictException":
                 worker.is_unsure = False
                 return _arns_in(exc), exc.message
-            exc.uncertain = exc.transient and exc.code not in THROTTLES
+            # Also if the last try was throttled: the answer to an earlier one may be lost.
+            exc.uncertain = exc.transient
             worker.is_unsure = before or exc.uncertain
             raise
         worker.is_unsure = False
         failures = [str(each.get("reason", "")) for each in answer.get("failures", ())]
         return [str(each["taskArn"]) for each in answer["tasks"]], next(iter(failures), "")
-
-    def _pause(self, worker: Worker, reason: str, trouble: str = "") -> None:
-        """Ask for no workers of this worker's kind for a while."""
-        now = time.monotonic()
-        drought = self._droughts.get(worker.kind)
-        if drought is None or now >= drought.until:
-            pause = _FIRST_PAUSE if drought is None else min(2 * drought.pause, _LONGEST_PAUSE)
-            self._droughts[worker.kind] = _Drought(reason, now + pause, pause, trouble)
-
-    async def _stop_late(self, arn: str, reason: str) -> None:
-        """Stop a task, and log an error if that fails."""
-        try:
-            await insist(lambda: self._stop(arn, reason))
-        except CloudexecError as exc:
-            _logger.error("the task %s could not be stopped: %s. %s", arn, exc, self._stop_hint)
-
-    # Later calls.
-
-    async def _keep_asking(self) -> None:
-        """Ask for workers that wait, until there are none."""
-        while any(each.waits for each in self._workers.values()):
-            self._wake.clear()
-            pause = await self._ask_some()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
-
-    async def _ask_some(self) -> float:
-        """Ask for workers that may find a place now, and return the seconds until the next round.
-
-        Calls are made at the same time, since each of them may take long.
-        """
-        kinds: dict[tuple[bool, int], list[Worker]] = {}
-        for worker in self._workers.values():
-            if worker.waits:
-                kinds.setdefault(worker.kind, []).append(worker)
-        pause = _LONGEST_PAUSE
-        for kind, workers in kinds.items():
-            idle = [each for each in workers if each.asking is None]
-            drought = self._droughts.get(kind)
-            if drought is not None:
-                for each in idle:
-                    each.reason = drought.reason or each.reason
-                if (left := drought.until - time.monotonic()) > 0:
-                    pause = min(pause, left)
-                    continue
-                if len(idle) < len(workers):
-                    continue  # one worker is being asked for, and its answer wakes this up
-                idle = sorted(idle, key=lambda each: each.tried_at)[:1]
-            for each in idle:
-                await self.pacer.wait()
-                if each.waits:
-                    self._begin(each, self._ask_quietly(each))
-                if self._droughts.get(kind) is not drought:
-                    break  # an answer has come meanwhile, so the next round decides
-        return pause
-
-    async def _ask_quietly(self, worker: Worker) -> None:
-        """Ask for a worker in the background, and record an error in the worker."""
-        try:
-            await self._run_task(worker)
-        except CloudexecError as exc:
-            if isinstance(exc, AwsError) and exc.may_pass:
-                self._pause(worker, "", str(exc))
-            else:
-                worker.end = WorkerEnd(reason=Reason(str(exc), fatal=True))
-        except Exception as exc:
-            _logger.exception("internal error while asking for the worker %s", worker.name)
-            worker.end = WorkerEnd(reason=Reason(f"internal error: {exc}", fatal=True))
 
 
 def _is_gone(exc: AwsError) -> bool:

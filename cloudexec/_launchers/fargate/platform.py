@@ -23,9 +23,6 @@ from typing import Any, Protocol
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import (
-    Cause,
-    JobEnd,
-    Situation,
     is_out_of_capacity,
     is_over_quota,
 )
@@ -42,9 +39,9 @@ from cloudexec._aws.task_requests import (
     task_definition_request,
 )
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._launchers.aws.platform import AwsPlatform, all_of, connected
+from cloudexec._launchers.aws.platform import DefinedPlatform, all_of, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
-from cloudexec._launchers.batch.inquiry import statuses_of
+from cloudexec._launchers.batch.inquiry import reason_of
 from cloudexec._launchers.batch.reading import worker_end
 from cloudexec._launchers.fargate.asking import BURST, CALLS_PER_SECOND, Asker, Worker
 from cloudexec._launchers.fargate.reading import (
@@ -95,8 +92,8 @@ def connect(
     return connected(settings, executor, FargatePlatform, of=settings.cluster or "")
 
 
-class FargatePlatform(AwsPlatform):
-    """AWS Fargate, for one executor; see ``AwsPlatform``."""
+class FargatePlatform(DefinedPlatform):
+    """AWS Fargate, for one executor; see ``DefinedPlatform``."""
 
     name = "AWS Fargate"
     most_workers = 1
@@ -188,7 +185,7 @@ class FargatePlatform(AwsPlatform):
         """Ask for a task; if there is no capacity for it, let the worker wait."""
         worker = self._workers.setdefault(request.name, Worker(request.name))
         worker.request, worker.spot = request, request.spot
-        await self._asker.ask(worker)
+        await self._asker.ask_now(worker)
         return self._taken(worker)
 
     def _taken(self, worker: Worker) -> Submitted:
@@ -334,18 +331,7 @@ class FargatePlatform(AwsPlatform):
                 # The error is not the worker's, and may pass, so no other cause is looked for.
                 text = f"Amazon ECS cannot be asked for workers now: {trouble}"
                 return Reason(text, "the request is repeated")
-        situation = Situation(
-            statuses=statuses_of(waiting),
-            reasons=[each.reason for each in waiting if each.reason],
-            ends=[end.details for end in ends if isinstance(end.details, JobEnd)],
-            spot=waiting[0].spot,
-            advertised=self._inquiry.advertised,
-            relay=self._inquiry.relay,
-        )
-        cause: Cause | None = cause_of_waiting_tasks(situation)
-        if cause is None:
-            return None
-        return Reason(cause.text, cause.remedy, cause.fatal, no_room=cause.no_room)
+        return reason_of(cause_of_waiting_tasks(self._inquiry.known(waiting, ends)))
 
     # The end.
 

@@ -24,7 +24,7 @@ from cloudexec._aws.functions import (
 )
 from cloudexec._aws.refusals import THROTTLES
 from cloudexec._errors import AwsError, CloudexecError
-from cloudexec._launchers.fargate.pacer import Pacer
+from cloudexec._launchers.aws.pacer import Pacer
 from cloudexec._launchers.platform import JobRequest, Reason, WorkerEnd
 
 __all__ = ["BURST", "STARTS_PER_SECOND", "UNSEEN", "Asker", "Worker"]

@@ -16,6 +16,7 @@ it has lost it for some time, and at the end of its session.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import math
@@ -26,7 +27,7 @@ from typing import Protocol
 
 from cloudexec._aws import names
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.diagnosis import JobEnd, Situation, cause_of_waiting
+from cloudexec._aws.diagnosis import JobEnd, cause_of_waiting
 from cloudexec._aws.function_log import Invocation, default_log_group, read_invocations
 from cloudexec._aws.function_requests import EVENT_AGE, FunctionSpec, event_of
 from cloudexec._aws.functions import ensure_function
@@ -36,7 +37,7 @@ from cloudexec._aws.requests import DefinitionSpec, tag_value
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.aws.platform import AwsPlatform, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
-from cloudexec._launchers.batch.inquiry import statuses_of
+from cloudexec._launchers.batch.inquiry import reason_of
 from cloudexec._launchers.lambda_.asking import BURST, STARTS_PER_SECOND, UNSEEN, Asker, Worker
 from cloudexec._launchers.lambda_.reading import end_of_invocation, end_of_session
 from cloudexec._launchers.platform import (
@@ -116,6 +117,7 @@ class LambdaPlatform(AwsPlatform):
         )
         self._workers: dict[str, Worker] = {}
         self._functions: dict[int, str] = {}
+        self._making = asyncio.Lock()
         self._role = settings.role or profile.function_role
         self._key = b""
         self._is_in_vpc = False
@@ -186,9 +188,6 @@ class LambdaPlatform(AwsPlatform):
         spec = await super()._definition_spec()
         return replace(spec, compute="fargate", ephemeral_gib=None, job_role=self._profile.job_role)
 
-    async def _ensure(self, spec: DefinitionSpec) -> str:
-        raise NotImplementedError("functions have no job definition")
-
     def spot_patience(self, workers: int) -> float:
         """Say in how many seconds so many workers find a place, if there is any for them."""
         return _SPOT_PATIENCE + max(0, workers - BURST) / STARTS_PER_SECOND
@@ -206,7 +205,7 @@ class LambdaPlatform(AwsPlatform):
             size: Which of the launcher's sizes.
             gone: One that somebody has removed.
         """
-        async with self._defining:
+        async with self._making:
             if self._functions.get(size, gone) == gone:
                 self._functions[size] = await ensure_function(self._clients, self._spec(size))
             name = self._functions[size]
@@ -395,24 +394,18 @@ class LambdaPlatform(AwsPlatform):
                 f"AWS Lambda cannot be asked for workers now: {trouble}", "it is tried again"
             )
         reasons = [each.reason for each in waiting if each.reason]
-        details = [end.details for end in ends if isinstance(end.details, JobEnd)]
-        if reasons and not details:
+        if reasons and not any(isinstance(end.details, JobEnd) for end in ends):
             return Reason(
                 reasons[0],
                 "it is tried again; AWS raises the limit on request, and Fargate(...) has another",
                 no_room=True,
             )
-        situation = Situation(
-            statuses={**statuses_of(waiting), "RUNNABLE": 0},
-            ends=details,
-            advertised=self._inquiry.advertised,
-            relay=self._inquiry.relay,
-        )
-        cause = cause_of_waiting(situation)
-        if cause is not None:
-            return Reason(cause.text, cause.remedy, cause.fatal, no_room=cause.no_room)
-        known = [end.reason for end in ends]
-        return known[-1] if known else None
+        known = self._inquiry.known(waiting, ends)
+        # What waits here waits for nothing in AWS.
+        situation = replace(known, statuses={**known.statuses, "RUNNABLE": 0}, reasons=())
+        if (reason := reason_of(cause_of_waiting(situation))) is not None:
+            return reason
+        return ends[-1].reason if ends else None
 
     # The end.
 
