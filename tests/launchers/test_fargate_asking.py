@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import boto3
@@ -255,6 +255,27 @@ def test_a_worker_that_was_ended_while_it_was_asked_for_leaves_no_task(
 
     asyncio.run(run())
     assert not unfinished(aws)
+
+
+def test_a_lost_answer_is_looked_for_also_where_the_next_try_was_throttled(
+    aws: Any, fargate: Make
+) -> None:
+    """The call as a whole was refused as one too many, and has started a task."""
+
+    async def run() -> None:
+        async with connected(fargate()) as platform:
+            aws.faults.lose_response("RunTask")
+            submitting = asyncio.create_task(platform.submit(request(1)))
+            await until(aws.jobs)
+            aws.faults.throttle("RunTask", 1000)
+            with suppress(AwsError):
+                await submitting
+            aws.faults.clear()
+            await platform.terminate([Target(job_id=request(1).name)], "enough")
+
+    asyncio.run(run())
+    assert len(aws.jobs()) == 1
+    eventually(lambda: not unfinished(aws), timeout=4.0)
 
 
 def asking_now(platform: Any) -> bool:
