@@ -4,63 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from account_helpers import checks, eventually, ignore, remove, set_up
 from click.testing import CliRunner
 
 from cloudexec import EC2, BatchExecutor, ConfigError, LaunchError
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.doctor import Check, examine
 from cloudexec._aws.monitor import Monitor
 from cloudexec._aws.policy import policy
 from cloudexec._aws.profile import Profile
-from cloudexec._aws.setup import SetupOptions, up
-from cloudexec._aws.steps import Event
 from cloudexec._aws.teardown import down, take_stock
 from cloudexec._aws.template import template
 from cloudexec.cli.ps import ps_command
 from cloudexec.testing import FakeAWS
-
-
-@pytest.fixture
-def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
-    """An empty account, and no profiles."""
-    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
-    monkeypatch.delenv("CLOUDEXEC_PROFILE", raising=False)
-    with FakeAWS(grace=2.0, stack_seconds=0.0, calls_per_second=1000) as fake:
-        yield fake
-
-
-def ignore(event: Event) -> None:
-    """Show no steps."""
-
-
-def set_up(*launchers: str) -> Profile:
-    async def run() -> Profile:
-        async with AwsClients() as clients:
-            wanted = SetupOptions(launchers=launchers or None)
-            return await up(clients, wanted, ignore, interval=0.02)
-
-    return asyncio.run(run())
-
-
-def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
-    return found
-
-
-def checks() -> dict[str, Check]:
-    found: list[Check] = []
-    asyncio.run(examine("default", found.append))
-    return {each.name: each for each in found}
 
 
 def ready(**settings: Any) -> EC2:
@@ -120,11 +80,7 @@ def test_from_up_to_down_with_the_published_policy(aws: FakeAWS) -> None:
     eventually(lambda: all(each.state == "terminated" for each in aws.instances()))
     assert [r for r in aws.requests if r.error == "UnauthorizedOperation"] == []
 
-    async def remove() -> tuple[Any, ...]:
-        async with AwsClients() as clients:
-            return await down(clients, "default", ignore, interval=0.02)
-
-    assert asyncio.run(remove()) == ()
+    assert remove() == ()
     assert boto3.client("ec2").describe_launch_templates()["LaunchTemplates"] == []
 
 

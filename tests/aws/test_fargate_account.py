@@ -5,69 +5,27 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from account_helpers import checks, eventually, remove, set_up
 from click.testing import CliRunner
 
 from cloudexec import AwsError, Batch, BatchExecutor, ConfigError, Fargate, LaunchError
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.doctor import Check, examine
 from cloudexec._aws.monitor import Monitor
 from cloudexec._aws.policy import policy
 from cloudexec._aws.profile import Profile
-from cloudexec._aws.remnants import Remnant
-from cloudexec._aws.setup import SetupOptions, up
+from cloudexec._aws.setup import SetupOptions
 from cloudexec._aws.steps import Event
-from cloudexec._aws.teardown import down, take_stock
+from cloudexec._aws.teardown import take_stock
 from cloudexec.cli.ps import ps_command
 from cloudexec.testing import FakeAWS
 
-INTERVAL = 0.02
 ACCOUNT = "123456789012"
-
-
-@pytest.fixture
-def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAWS]:
-    """An empty account, and no profiles."""
-    monkeypatch.setenv("CLOUDEXEC_CONFIG_DIR", str(tmp_path / "profiles"))
-    monkeypatch.delenv("CLOUDEXEC_PROFILE", raising=False)
-    with FakeAWS(grace=2.0, stack_seconds=0.0, calls_per_second=1000) as fake:
-        yield fake
-
-
-def ignore(event: Event) -> None:
-    """Show no steps."""
-
-
-def set_up(*launchers: str, **options: Any) -> Profile:
-    async def run() -> Profile:
-        async with AwsClients() as clients:
-            wanted = SetupOptions(launchers=launchers or None, **options)
-            return await up(clients, wanted, ignore, interval=INTERVAL)
-
-    return asyncio.run(run())
-
-
-def remove(report: Callable[[Event], None] = ignore) -> tuple[Remnant, ...]:
-    async def run() -> tuple[Remnant, ...]:
-        async with AwsClients() as clients:
-            return await down(clients, "default", report, interval=INTERVAL)
-
-    return asyncio.run(run())
-
-
-def eventually(condition: Callable[[], Any], timeout: float = 50.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
-    return found
 
 
 def ready() -> Fargate:
@@ -267,12 +225,6 @@ def test_tasks_of_aws_batch_can_be_described_and_not_stopped(kind: str) -> None:
     tagged = [arn for arn in _allowed(document, "ecs:TagResource") if ":task/" in arn]
     assert tagged == tasks
     assert _allowed(document, "ecs:ListClusters") == ["*"]  # commands without --profile
-
-
-def checks() -> dict[str, Check]:
-    found: list[Check] = []
-    asyncio.run(examine("default", found.append))
-    return {each.name: each for each in found}
 
 
 def test_the_doctor_looks_at_the_cluster(aws: FakeAWS) -> None:

@@ -66,6 +66,24 @@ def kill_a_client(batch: Batch, path: Path, running: int, **options: object) -> 
         client.stdout.close()
 
 
+def kill_when(path: Path, script: str, reached: Callable[[], Any]) -> None:
+    """Run a client until something has come about, and kill it.
+
+    Args:
+        path: The file for its script.
+        script: The script.
+        reached: Says whether it has come about.
+    """
+    path.write_text(script)
+    client = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: reached() or client.poll() is not None)
+        assert client.poll() is None
+    finally:
+        client.kill()
+        client.wait()
+
+
 def write_profile(aws: Any) -> None:
     """Make what `up --with ec2` makes, as far as instances need it, and write a profile of it."""
     made = aws.set_up("instances")

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 
 import boto3
 import pytest
-from launcher_helpers import eventually, write_profile
+from launcher_helpers import eventually, kill_when, write_profile
 from launcher_tasks import square
 
 from cloudexec import (
@@ -31,7 +30,7 @@ from cloudexec import (
 )
 from cloudexec._aws import instance_script
 from cloudexec._aws.instance_diagnosis import cause_of_refused_fleet, may_pass, worst_of
-from cloudexec._launchers.ec2 import platform as ec2_platform
+from cloudexec._launchers.aws import asking
 from cloudexec.launchers import (
     ExecutorInfo,
     Inspection,
@@ -306,7 +305,7 @@ def test_throttled_calls_and_late_lists_cost_nothing(still: Any, ec2: Make) -> N
 def test_instances_that_aws_forgets_end_their_workers(
     still: Any, ec2: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ec2_platform, "_MISSING", 0.0)
+    monkeypatch.setattr(asking, "MISSING", 0.0)
 
     async def work(platform: Platform) -> None:
         await submit(platform, "cloudexec-a-1")
@@ -622,13 +621,11 @@ def test_a_client_that_is_killed_leaves_nothing_running(
     path = tmp_path / "client.py"
     # Nobody waits for those that start late, which therefore dial for a moment only.
     patience = 20.0 if lines else 3.0
-    path.write_text(script_of(*lines, launch_timeout=patience, orphan_timeout=6.0))
-    client = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.DEVNULL)
-    try:
-        eventually(lambda: reached(aws, path) or client.poll() is not None)
-    finally:
-        client.kill()
-        client.wait()
+    kill_when(
+        path,
+        script_of(*lines, launch_timeout=patience, orphan_timeout=6.0),
+        lambda: reached(aws, path),
+    )
     aws.faults.clear()
     eventually(lambda: aws.instances() and not alive(aws), timeout=80.0)
     assert len(aws.instances()) == 2

@@ -18,7 +18,7 @@ from typing import Any
 
 import boto3
 import pytest
-from launcher_helpers import eventually, unfinished
+from launcher_helpers import eventually, kill_when, unfinished
 from launcher_tasks import fill, square
 
 from cloudexec import (
@@ -31,8 +31,8 @@ from cloudexec import (
     LaunchError,
     WorkerLostError,
 )
+from cloudexec._launchers.aws import asking
 from cloudexec._launchers.aws.pacer import Pacer
-from cloudexec._launchers.fargate import platform as fargate_platform
 from cloudexec.launchers import ExecutorInfo, Inspection, JobRequest, Phase, Target
 
 Make = Callable[..., Fargate]
@@ -421,7 +421,7 @@ def test_an_image_that_cannot_be_pulled_fails_the_tasks_with_the_remedy(
 def test_stopped_tasks_that_aws_forgets_end_their_workers(
     aws: Any, fargate: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fargate_platform, "_MISSING", 1.0)
+    monkeypatch.setattr(asking, "MISSING", 1.0)
     with BatchExecutor(1, launcher=fargate()) as executor:
         future = executor.submit(time.sleep, 1.0)
         eventually(lambda: executor.stats().tasks.running == 1)
@@ -524,13 +524,11 @@ def test_a_client_that_is_killed_leaves_nothing_running(
     prepare, reached, lines = PHASES[phase]
     prepare(aws)
     path = tmp_path / "client.py"
-    path.write_text(script_of(fargate(), *lines, launch_timeout=20.0, orphan_timeout=6.0))
-    client = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.DEVNULL)
-    try:
-        eventually(lambda: reached(aws, path) or client.poll() is not None)
-    finally:
-        client.kill()
-        client.wait()
+    kill_when(
+        path,
+        script_of(fargate(), *lines, launch_timeout=20.0, orphan_timeout=6.0),
+        lambda: reached(aws, path),
+    )
     aws.faults.clear()
     eventually(lambda: aws.jobs() and not unfinished(aws), timeout=80.0)
     assert len(aws.jobs()) == 3

@@ -13,7 +13,6 @@ from launcher_helpers import eventually, unfinished
 
 from cloudexec import AwsError, Fargate
 from cloudexec._launchers.aws import asking
-from cloudexec._launchers.fargate import platform as fargate_platform
 from cloudexec.launchers import (
     ExecutorInfo,
     Inspection,
@@ -164,7 +163,7 @@ def test_a_task_that_is_missing_for_a_moment_is_not_started_again(aws: Any, farg
 def test_a_task_that_stays_missing_is_given_up_and_stopped(
     aws: Any, fargate: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fargate_platform, "_MISSING", 0.0)
+    monkeypatch.setattr(asking, "MISSING", 0.0)
     aws.faults.slow_start(60.0)
 
     async def run() -> None:

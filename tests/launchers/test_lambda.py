@@ -8,8 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ from typing import Any
 import boto3
 import psutil
 import pytest
-from launcher_helpers import eventually
+from launcher_helpers import eventually, kill_when
 from launcher_tasks import fill, square
 
 from cloudexec import (
@@ -624,14 +622,11 @@ def test_a_client_that_is_killed_leaves_nothing_running(
     prepare, reached, lines = PHASES[phase]
     prepare(aws)
     path = tmp_path / "client.py"
-    path.write_text(script_of(function(), *lines, launch_timeout=20.0, orphan_timeout=4.0))
-    client = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.DEVNULL)
-    try:
-        eventually(lambda: reached(aws, path) or client.poll() is not None)
-        assert client.poll() is None
-    finally:
-        client.kill()
-        client.wait()
+    kill_when(
+        path,
+        script_of(function(), *lines, launch_timeout=20.0, orphan_timeout=4.0),
+        lambda: reached(aws, path),
+    )
     eventually(lambda: not running(aws), timeout=60.0)
     assert all(each.left_running == 0 for each in aws.invocations())
 

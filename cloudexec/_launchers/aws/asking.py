@@ -20,7 +20,7 @@ from cloudexec._launchers.ending import insist
 from cloudexec._launchers.platform import Reason
 from cloudexec._log import Log
 
-__all__ = ["LONGEST_PAUSE", "CapacityAsker", "Waiting"]
+__all__ = ["LONGEST_PAUSE", "CapacityAsker", "Waiting", "is_forgotten"]
 
 _logger = Log()
 
@@ -29,6 +29,36 @@ LONGEST_PAUSE = 15.0
 """Seconds until AWS is asked again after it had no capacity; doubled up to the longest."""
 _CLOSE_PATIENCE = 20.0
 """Seconds that ``close`` waits for the answers of calls."""
+
+
+UNSEEN = 300.0
+"""Seconds for which AWS may not list a machine that it has started: its lists are consistent in the
+end only. Amazon EC2 Developer Guide, "Eventual consistency", which names no number."""
+MISSING = 120.0
+"""Seconds for which AWS may not list a machine that it has listed before."""
+
+
+class Machine(Protocol):
+    """What is known of a machine that AWS has started for a worker.
+
+    Attributes:
+        asked_at: Time when it was started, on the monotonic clock.
+        missing_since: Time since which AWS does not list it, on the monotonic clock; ``None`` if it
+            does.
+        is_known: Whether AWS has ever listed it.
+    """
+
+    asked_at: float
+    missing_since: float | None
+    is_known: bool
+
+
+def is_forgotten(machine: Machine) -> bool:
+    """Return whether AWS has not listed a machine for so long that it has ended, and note it."""
+    now = time.monotonic()
+    if machine.missing_since is None:
+        machine.missing_since = now if machine.is_known else machine.asked_at
+    return now - machine.missing_since >= (MISSING if machine.is_known else UNSEEN)
 
 
 class Waiting(Protocol):

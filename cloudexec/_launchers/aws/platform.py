@@ -61,6 +61,11 @@ class Settings(Protocol):
     def size_of(self, size: int) -> WorkerSize:
         """Return the vCPUs, memory and GPUs of a worker of a size."""
 
+    def price_of(
+        self, prices: PriceTable, size: WorkerSize, *, spot: bool, public_ip: bool, region: str
+    ) -> WorkerPrice:
+        """Return the list price of a worker."""
+
 
 @contextlib.asynccontextmanager
 async def connected(
@@ -241,16 +246,10 @@ class AwsPlatform(Platform):
 
     def price(self, size: int, spot: bool) -> WorkerPrice:
         """Return the list price of a worker."""
-        settings = self._settings
-        worker = settings.size_of(size)
-        return self._prices.worker(
-            vcpus=worker.vcpus,
-            memory_mib=worker.memory_mib,
-            gpus=worker.gpus,
-            arch=settings.arch,
-            compute=settings.compute,
+        return self._settings.price_of(
+            self._prices,
+            self._settings.size_of(size),
             spot=spot,
-            ephemeral_gib=settings.ephemeral_gib,
             public_ip=self._public_ip,
             region=self._clients.region,
         )

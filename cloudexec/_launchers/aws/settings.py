@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cloudexec._aws.limits import (
     FARGATE_MOST_VCPUS,
@@ -24,6 +25,10 @@ from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
 from cloudexec._launchers.base import Cost
 from cloudexec._launchers.platform_launcher import PlatformLauncher
+
+if TYPE_CHECKING:
+    from cloudexec._aws.prices import PriceTable
+    from cloudexec._pricing import WorkerPrice
 
 __all__ = ["DAY", "AwsLauncher"]
 
@@ -275,22 +280,51 @@ class AwsLauncher(PlatformLauncher):
         public_ip = self.assign_public_ip
         if public_ip is None:
             public_ip = profile is None or profile.assign_public_ip
-        size = self.sizes[0]
-        price = prices.worker(
-            vcpus=size.vcpus,
-            memory_mib=size.memory_mib,
-            arch=self.arch,
-            compute=self.compute,
-            spot=bool(self.spot),
-            ephemeral_gib=self.ephemeral_gib,
-            public_ip=public_ip,
-            region=region,
-        )
+        spot = bool(self.spot)
+        price = self.price_of(prices, self.sizes[0], spot=spot, public_ip=public_ip, region=region)
         return Cost(
             accrued_usd=workers * price.cost(seconds),
             per_hour_usd=workers * price.per_hour,
             note=f"estimated from the {prices}",
         )
+
+    def price_of(
+        self, prices: PriceTable, size: WorkerSize, *, spot: bool, public_ip: bool, region: str
+    ) -> WorkerPrice:
+        """Return the list price of a worker.
+
+        Args:
+            prices: The price list.
+            size: The worker's size.
+            spot: Whether it runs on Spot.
+            public_ip: Whether it has a public address.
+            region: The region, which the note names if the list is not for it.
+        """
+        return prices.worker(
+            vcpus=size.vcpus,
+            memory_mib=size.memory_mib,
+            gpus=size.gpus,
+            arch=self.arch,
+            compute=self.compute,
+            spot=spot,
+            ephemeral_gib=self.ephemeral_gib,
+            public_ip=public_ip,
+            region=region,
+        )
+
+
+def ids_of(name: str, given: Sequence[str] | None, least: int = 0) -> tuple[str, ...] | None:
+    """Return ids that a setting names, after a check; ``None`` if it is not given.
+
+    Raises:
+        ConfigError: If they are no ids, or fewer than ``least``.
+    """
+    if given is None:
+        return None
+    ids = (given,) if isinstance(given, str) else tuple(given)
+    if len(ids) < least or not all(isinstance(each, str) and each.strip() for each in ids):
+        raise ConfigError(f"{name} must be ids, such as ['subnet-0abc'], not {given!r}")
+    return ids
 
 
 def check_texts(**texts: str | None) -> None:

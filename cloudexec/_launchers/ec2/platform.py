@@ -27,7 +27,7 @@ from cloudexec._aws.instance_diagnosis import (
     cause_of_waiting_instances,
     lacks_capacity,
 )
-from cloudexec._aws.instance_prices import InstancePrices, assumed_price, instance_price
+from cloudexec._aws.instance_prices import InstancePrices, instance_price
 from cloudexec._aws.instance_requests import (
     MOST_INSTANCES,
     Fleet,
@@ -48,6 +48,7 @@ from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec
 from cloudexec._errors import ConfigError
+from cloudexec._launchers.aws.asking import is_forgotten
 from cloudexec._launchers.aws.platform import DefinedPlatform, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
 from cloudexec._launchers.batch.inquiry import reason_of
@@ -80,11 +81,6 @@ __all__ = ["Ec2Platform", "Settings", "connect"]
 _SPOT_PATIENCE = 60.0
 _STOP_SECONDS = 60.0
 """Seconds that an instance takes to end at the most, without a shutdown of its system."""
-_UNSEEN = 300.0
-"""Seconds for which Amazon EC2 may not know an instance that it has started. Amazon EC2 Developer
-Guide, "Eventual consistency", names no number."""
-_MISSING = 120.0
-"""Seconds for which it may not know one that it has told of: its answers may go back."""
 _SPOT_DRAIN = 100
 """Seconds in which tasks on Spot may finish, of the 120 of the notice."""
 _BOOT_SECONDS = 900.0
@@ -206,21 +202,6 @@ class Ec2Platform(DefinedPlatform):
         return placed and bool(reasons) and all(map(is_over_quota, reasons))
 
     # Prices.
-
-    def price(self, size: int, spot: bool) -> WorkerPrice:
-        """Say what a worker of a size costs: the cheapest instance known to have so much."""
-        settings = self._settings
-        types = settings.instance_types
-        return assumed_price(
-            self._prices,
-            settings.size_of(size),
-            arch=settings.arch,
-            spot=spot,
-            disk_gib=settings.disk_gib,
-            public_ip=self._public_ip,
-            region=self._clients.region,
-            instance_type=types[0] if len(types) == 1 else "",
-        )
 
     async def _price_of(self, group: Group) -> WorkerPrice | None:
         """Say what the workers of a group cost on average, by the instances that they have."""
@@ -465,11 +446,7 @@ class Ec2Platform(DefinedPlatform):
         """Say how a worker is whose instance Amazon EC2 does not know."""
         if worker.seen.phase is Phase.ENDED:
             return worker.seen
-        now = time.monotonic()
-        if worker.missing_since is None:
-            worker.missing_since = now if worker.is_known else worker.asked_at
-        patience = _MISSING if worker.is_known else _UNSEEN
-        if now - worker.missing_since < patience:
+        if not is_forgotten(worker):
             return worker.seen
         forgotten = (
             "Amazon EC2 does not know its instance any more: it has ended some time ago, or is "

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from cloudexec._aws.instance_prices import assumed_price
+from cloudexec._aws.limits import WorkerSize
 from cloudexec._aws.prices import PriceTable
-from cloudexec._config import check_count, check_positive
+from cloudexec._config import check_count
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
-from cloudexec._launchers.aws.settings import DAY, AwsLauncher, check_texts
-from cloudexec._launchers.base import Cost
+from cloudexec._launchers.aws.settings import DAY, AwsLauncher, check_texts, ids_of
 from cloudexec._launchers.platform import ExecutorInfo, Site
+from cloudexec._pricing import WorkerPrice
 
 __all__ = ["EC2"]
 
@@ -125,8 +126,8 @@ class EC2(AwsLauncher):
             raise ConfigError(
                 f"ami must be like 'ami-0123456789abcdef0' or 'resolve:ssm:NAME', not {ami!r}"
             )
-        self.subnets = _ids("subnets", subnets)
-        self.security_groups = _ids("security_groups", security_groups)
+        self.subnets = ids_of("subnets", subnets, least=1)
+        self.security_groups = ids_of("security_groups", security_groups, least=1)
         self.instance_types = _types(instance_types, arch)
         for each in _OWN_TAGS:
             if each in (tags or {}):
@@ -190,57 +191,23 @@ class EC2(AwsLauncher):
         types = f" ({', '.join(self.instance_types)})" if self.instance_types else ""
         return f"EC2{' Spot' if self.spot else ''} instances{types}, {sizes}"
 
-    def estimate(self, workers: int, seconds: float) -> Cost:
-        """Estimate what workers would cost, before any is launched.
-
-        Args:
-            workers: How many, of the first size: the cheapest instances that have so much.
-            seconds: How long each instance runs; a minute at least.
-
-        Returns:
-            The cost as ``accrued_usd``, and ``per_hour_usd`` of all of them, with disks and public
-            addresses.
-
-        Raises:
-            ConfigError: If there is no such profile.
-        """
-        from cloudexec._aws.profile import Profile
-
-        check_count("workers", workers, least=0)
-        check_positive("seconds", seconds, zero=True)
-        profile = Profile.load(self.profile) if self.profile is not None else None
-        region = self.region or (profile.region if profile is not None else "")
-        prices = PriceTable.load(region) if region else PriceTable.built_in()
-        public_ip = self.assign_public_ip
-        if public_ip is None:
-            public_ip = profile is None or profile.assign_public_ip
-        price = assumed_price(
+    def price_of(
+        self, prices: PriceTable, size: WorkerSize, *, spot: bool, public_ip: bool, region: str
+    ) -> WorkerPrice:
+        """Return the list price of the cheapest instance that has so much, with its disk."""
+        return assumed_price(
             prices,
-            self.sizes[0],
+            size,
             arch=self.arch,
-            spot=bool(self.spot),
+            spot=spot,
             disk_gib=self.disk_gib,
             public_ip=public_ip,
             region=region,
             instance_type=self.instance_types[0] if len(self.instance_types) == 1 else "",
         )
-        return Cost(
-            accrued_usd=workers * price.cost(seconds),
-            per_hour_usd=workers * price.per_hour,
-            note=f"estimated from the {prices}",
-        )
 
     def __repr__(self) -> str:
         return f"EC2(profile={self.profile!r}, {self.describe()})"
-
-
-def _ids(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    ids = (given,) if isinstance(given, str) else tuple(given)
-    if not ids or not all(isinstance(each, str) and each.strip() for each in ids):
-        raise ConfigError(f"{name} must be ids, such as ['subnet-0abc'], not {given!r}")
-    return ids
 
 
 def _types(given: str | Sequence[str] | None, arch: str) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ from cloudexec._aws.task_requests import (
     task_definition_request,
 )
 from cloudexec._errors import AwsError, ConfigError
+from cloudexec._launchers.aws.asking import is_forgotten
 from cloudexec._launchers.aws.platform import DefinedPlatform, all_of, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
 from cloudexec._launchers.batch.inquiry import reason_of
@@ -69,10 +70,6 @@ from cloudexec._launchers.platform import (
 __all__ = ["FargatePlatform", "Settings", "connect"]
 
 _SPOT_PATIENCE = 60.0
-_UNSEEN = 300.0
-"""Seconds for which Amazon ECS may not list a task that it has started, as its answers may lag."""
-_MISSING = 120.0
-"""Seconds for which it may not list a task that it has listed before, as answers may be older."""
 _SPOT_DRAIN = "100"
 """Seconds in which the tasks of a worker may finish, of the 120 seconds of a Spot notice."""
 
@@ -306,11 +303,7 @@ class FargatePlatform(DefinedPlatform):
         """Return the status of a worker whose task Amazon ECS does not list."""
         if worker.seen.phase is Phase.ENDED:
             return worker.seen
-        now = time.monotonic()
-        if worker.missing_since is None:
-            worker.missing_since = now if worker.is_known else worker.asked_at
-        patience = _MISSING if worker.is_known else _UNSEEN
-        if now - worker.missing_since < patience:
+        if not is_forgotten(worker):
             return worker.seen
         forgotten = (
             "Amazon ECS does not know its task any more: it has ended some time ago, or is stopped "

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from cloudexec._aws.limits import ECS_MOST_VCPUS
 from cloudexec._environment.packages import Packages
-from cloudexec._errors import ConfigError
-from cloudexec._launchers.aws.settings import DAY, AwsLauncher, check_texts
+from cloudexec._launchers.aws.settings import DAY, AwsLauncher, check_texts, ids_of
 from cloudexec._launchers.platform import ExecutorInfo, Site
 
 __all__ = ["Fargate"]
@@ -96,8 +95,8 @@ class Fargate(AwsLauncher):
         max_runtime: float = DAY,
     ) -> None:
         check_texts(cluster=cluster)
-        self.subnets = _ids("subnets", subnets)
-        self.security_groups = _ids("security_groups", security_groups)
+        self.subnets = ids_of("subnets", subnets)
+        self.security_groups = ids_of("security_groups", security_groups)
         super().__init__(
             vcpus=vcpus,
             memory=memory,
@@ -150,15 +149,6 @@ class Fargate(AwsLauncher):
     def __repr__(self) -> str:
         where = f"profile={self.profile!r}" if self.cluster is None else f"cluster={self.cluster!r}"
         return f"Fargate({where}, {self.describe()})"
-
-
-def _ids(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    ids = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(each, str) and each.strip() for each in ids):
-        raise ConfigError(f"{name} must be ids, such as ['subnet-0abc'], not {given!r}")
-    return ids
 
 
 Fargate.__module__ = "cloudexec"

@@ -20,7 +20,7 @@ from cloudexec._aws.limits import WorkerSize, format_memory
 from cloudexec._config import WorkerCapacity, check_count
 from cloudexec._environment.packages import Packages
 from cloudexec._errors import ConfigError
-from cloudexec._launchers.aws.settings import AwsLauncher, check_texts
+from cloudexec._launchers.aws.settings import AwsLauncher, check_texts, ids_of
 from cloudexec._launchers.base import Arrival
 from cloudexec._launchers.platform import ExecutorInfo, Site
 
@@ -103,8 +103,8 @@ class Lambda(AwsLauncher):
         check_texts(role=role)
         if vpc is not None and not isinstance(vpc, bool):
             raise ConfigError(f"vpc must be True, False or None, not {vpc!r}")
-        self.subnets = _ids("subnets", subnets)
-        self.security_groups = _ids("security_groups", security_groups)
+        self.subnets = ids_of("subnets", subnets)
+        self.security_groups = ids_of("security_groups", security_groups)
         if reserved_concurrency is not None:
             check_count("reserved_concurrency", reserved_concurrency, least=1)
         ladder = _ladder(memory)
@@ -238,15 +238,6 @@ def _ladder(memory: str | int | Sequence[str | int]) -> tuple[WorkerSize, ...]:
     if any(a.memory_mib >= b.memory_mib for a, b in itertools.pairwise(sizes)):
         raise ConfigError(f"the sizes of memory= must grow, not {memory!r}")
     return sizes
-
-
-def _ids(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    ids = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(each, str) and each.strip() for each in ids):
-        raise ConfigError(f"{name} must be ids, such as ['subnet-0abc'], not {given!r}")
-    return ids
 
 
 Lambda.__module__ = "cloudexec"
