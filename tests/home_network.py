@@ -93,6 +93,13 @@ class Home:
         ):
             self.firewall(*rule.split())
 
+    def leads_through(self, device: str) -> None:
+        """Let the laptop and the router reach each other through another device of both."""
+        for name in (self.laptop, self.router):
+            run("ip", "-n", name, "link", "set", device, "up")
+        run("ip", "-n", self.laptop, "route", "replace", "default", "dev", device)
+        run("ip", "-n", self.router, "route", "add", self.inner, "dev", device)
+
     def close(self) -> None:
         """Remove all of it; the device comes last, as it keeps the number."""
         for command in (

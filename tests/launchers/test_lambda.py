@@ -248,7 +248,6 @@ def test_a_worker_that_hangs_is_killed_by_lambda_at_the_latest(
         (event,) = hasty.invocations()
         os.kill(event.pid, signal.SIGSTOP)  # the one that would see to the time
         future.result(timeout=60)
-        assert event.status == "running"
         eventually(lambda: event.status == "timed out")
 
 
