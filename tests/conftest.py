@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-pytest_plugins = ["suite_plugin", "load_plugin"]
+pytest_plugins = ["suite_plugin", "load_plugin", "sdk_plugin"]
 
 # A shell that starts the run in the background makes it ignore SIGINT. Children inherit that, and
 # programs that tests interrupt would ignore the signal, too.
