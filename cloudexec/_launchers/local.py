@@ -26,8 +26,9 @@ __all__ = ["Local"]
 
 _BOOT = (
     # The line is read without a buffer, as the second line, with the client's address, is read by
-    # other code later.
-    "import sys,json;b=json.loads(sys.stdin.buffer.raw.readline());sys.path[:]=b['sys_path'];"
+    # other code later. ``main`` lets garbage be collected again.
+    "import gc,sys,json;gc.disable();b=json.loads(sys.stdin.buffer.raw.readline());"
+    "sys.path[:]=b['sys_path'];"
     "from cloudexec.worker.__main__ import main;sys.exit(main(b))"
 )
 _TAIL_BYTES = 8192

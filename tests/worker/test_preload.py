@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import subprocess
 import sys
@@ -193,3 +194,10 @@ def test_preload_must_be_a_switch_or_names(preload: object) -> None:
     """A name alone would be read as its letters."""
     with pytest.raises(TypeError, match="preload must be"):
         BatchExecutor(1, preload=preload)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preload", [[], ["fractions"]])
+def test_garbage_is_collected_in_tasks(preload: list[str]) -> None:
+    """It is not while a worker imports modules."""
+    with BatchExecutor(1, preload=preload) as executor:
+        assert executor.submit(gc.isenabled).result(30)
