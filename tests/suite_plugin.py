@@ -33,9 +33,18 @@ TOGETHER = ("tests/images/", "tests/testing/test_fake_containers.py")
 """Tests that use the same images of a container engine, and so must run in one process."""
 SLOW = (
     *TOGETHER,
+    "tests/cli/test_every_request.py",
+    "tests/cli/test_map_taken_over.py",
+    "tests/cli/test_run_",
+    "tests/environment/test_collection.py",
+    "tests/launchers/test_ec2",
     "tests/launchers/test_fargate",
     "tests/launchers/test_kubernetes_example.py",
+    "tests/launchers/test_lambda",
     "tests/launchers/test_slurm_example.py",
+    "tests/relay/",
+    "tests/soak/",
+    "tests/worker/test_chaos.py",
 )
 """Tests that take long for their number. They begin first, so that no process waits for the last of
 them in the end; other files follow with the largest number of tests first."""
