@@ -268,7 +268,8 @@ class Run:
     def stop(self) -> None:
         """End it, with the workers of executors in it.
 
-        SIGKILL follows SIGTERM after 30 seconds, and after 120 on Fargate without AWS Batch.
+        SIGKILL follows SIGTERM after 30 seconds, on Fargate without AWS Batch after 120, and on an
+        instance of its own after 60.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
