@@ -39,7 +39,7 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAWS]:
     profiles = tmp_path_factory.mktemp("profiles")
     with (
         pytest.MonkeyPatch.context() as patch,
-        account(profiles, patch, instances=True, fargate=True, grace=10.0, images=images) as fake,
+        account(profiles, patch, instances=True, functions=True, grace=10.0, images=images) as fake,
     ):
         yield fake
 
@@ -79,7 +79,7 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     """
     (folder / "job.py").write_text(
         "import os, pathlib, time\n"
-        "from cloudexec import BatchExecutor\n"
+        "from cloudexec import BatchExecutor, Lambda\n"
         "mark = pathlib.Path('out/mark.txt')\n"
         "print('attempt', os.environ['CLOUDEXEC_RUN_ATTEMPT'], mark.exists(), flush=True)\n"
         "if not mark.exists():\n"
@@ -87,8 +87,9 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
         f"    pathlib.Path({str(folder / 'up')!r}).touch()\n"
         "    time.sleep(600)\n"
         "mark.write_text(mark.read_text() + ' and half')\n"
-        "with BatchExecutor(2) as executor:\n"
-        "    print(executor.submit(pow, 2, 5).result())\n"
+        "for launcher in (None, Lambda()):\n"
+        "    with BatchExecutor(2, launcher=launcher) as executor:\n"
+        "        print(executor.submit(pow, 2, 5).result())\n"
         "raise SystemExit(5)\n"
     )
     environment["CLOUDEXEC_PROFILE"] = "default"
@@ -107,6 +108,7 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
         "attempt 1 False",
         "attempt 2 True",
         "32",
+        "32",
     ]
     assert (folder / "out" / "mark.txt").read_text() == "half and half"
     # The same client token twice for the second machine, and then its worker.
@@ -114,6 +116,7 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     second, worker = aws.instances()[-2:]
     assert [each.tags["cloudexec:attempt"] for each in (first, second)] == ["1", "2"]
     assert worker.tags["cloudexec:run"] == "on-spot"
+    assert len(aws.invocations()) == 1
     # Workers dial the machine. Their own tasks have no credentials.
     assert "--network host" in second.user_data
     assert "--network" not in worker.user_data
@@ -256,8 +259,8 @@ def test_a_stack_without_what_runs_need_says_how_to_get_it(
     assert done.returncode == 2
     assert "the stack of the profile 'older' is older than runs on EC2" in done.stderr
     # What it has besides would be removed by a list that does not name it.
-    assert "`cloudexec up --with fargate,ec2 --name older` brings it up to date" in done.stderr
-    replace(profile, run_profile="", instance_profile="", cluster="", name="bare").save()
+    assert "`cloudexec up --with lambda,ec2 --name older` brings it up to date" in done.stderr
+    replace(profile, run_profile="", instance_profile="", function_role="", name="bare").save()
     done = run_here(*ON, "--profile", "bare", "--", "true")
     assert "has no role for EC2 instances, on which --on ec2 would run" in done.stderr
     assert "`cloudexec up --with ec2 --name bare` adds it" in done.stderr
