@@ -15,6 +15,7 @@ from run_helpers import account, asked, eventually, left_nothing
 
 from cloudexec import ConfigError, Run
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.policy import policy
 from cloudexec._aws.profile import Profile
 from cloudexec._runs.run import make_request
 from cloudexec._runs.runs import AsyncRuns
@@ -229,12 +230,16 @@ def test_what_amazon_ec2_does_not_have_is_refused(
     assert asks(aws) == []
 
 
-def test_a_gpu_or_another_processor_is_asked_for_once_though_an_answer_is_lost(
+def test_what_a_machine_must_have_is_asked_for_once_though_an_answer_is_lost(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
-    """Amazon EC2 is asked again with the same client token, and does not name the instance."""
+    """Amazon EC2 is asked again with the same client token, and does not name the instance.
+
+    The policy of users is enough for that.
+    """
     aws.faults.ec2.scripts_hang = True
     aws.faults.ec2.answers_once = True
+    aws.faults.allow_only(policy(Profile.load("default")))
     before = len(aws.instances())
     aws.faults.lose_response("CreateFleet", count=1)
     done = run_here(*ON, "--gpu", "1", "--name", "with-gpu", "-d", "--", "true")
@@ -247,6 +252,10 @@ def test_a_gpu_or_another_processor_is_asked_for_once_though_an_answer_is_lost(
     console(aws)
     run_here(*ON, "--arch", "arm64", "-d", "--image", "x/y:1", "--", "true")
     assert aws.instances()[-1].type == "c7g.medium"
+    console(aws)
+    # Much memory comes with more processors.
+    run_here(*ON, "--memory", "32GiB", "-d", "--image", "x/y:1", "--", "true")
+    assert aws.instances()[-1].type == "r6i.xlarge"
     console(aws)
 
 
