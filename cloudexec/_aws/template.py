@@ -115,8 +115,11 @@ def template() -> Json:
 
 
 def template_text() -> str:
-    """Return the template as JSON text."""
-    return json.dumps(template(), indent=2) + "\n"
+    """Return the template as JSON text, short enough to be passed to CloudFormation as it is.
+
+    That takes 51,200 bytes. AWS CloudFormation User Guide, "CloudFormation quotas".
+    """
+    return json.dumps(template(), indent=1) + "\n"
 
 
 def _parameters() -> Json:

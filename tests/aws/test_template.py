@@ -63,8 +63,12 @@ def test_text_is_the_template() -> None:
 
 
 def test_template_fits_into_a_request() -> None:
-    """51,200 bytes at most. AWS CloudFormation User Guide, "CloudFormation quotas"."""
+    """51,200 bytes at most. AWS CloudFormation User Guide, "CloudFormation quotas".
+
+    Also as it is printed, for administrators who deploy it from a file.
+    """
     assert len(json.dumps(template()).encode()) < 51_200
+    assert len(template_text().encode()) < 51_200
 
 
 def test_outputs_are_those_that_a_profile_is_made_of() -> None:
