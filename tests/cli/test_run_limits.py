@@ -149,12 +149,13 @@ def test_workers_of_executors_count_against_the_ceiling(
     assert "the ceiling of $0.0015 (--max-cost)" in said
 
 
-def test_workers_count_though_the_role_of_runs_may_not_look_at_the_cluster(
+def test_workers_count_though_the_role_of_runs_may_not_look_at_those_of_other_launchers(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
-    """That of a stack from before runs on Fargate may not; the rest of the cost is known."""
+    """That of a stack from before runs with them may not; the rest of the cost is known."""
     whole = Profile.load("default")
-    replace(whole, cluster="cloudexec-default").save()
+    roles = {"function_role": "arn:aws:iam::1:role/f", "instance_profile": "arn:aws:iam::1:x/i"}
+    replace(whole, cluster="cloudexec-default", **roles).save()
     (folder / "job.py").write_text(
         "from cloudexec import Batch, BatchExecutor\n"
         "with BatchExecutor(1, launcher=Batch()) as executor:\n"
