@@ -80,7 +80,6 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     """
     (folder / "job.py").write_text(
         "import os, pathlib, time\n"
-        "from cloudexec import BatchExecutor, Lambda\n"
         "mark = pathlib.Path('out/mark.txt')\n"
         "print('attempt', os.environ['CLOUDEXEC_RUN_ATTEMPT'], mark.exists(), flush=True)\n"
         "if not mark.exists():\n"
@@ -88,6 +87,7 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
         f"    pathlib.Path({str(folder / 'up')!r}).touch()\n"
         "    time.sleep(600)\n"
         "mark.write_text(mark.read_text() + ' and half')\n"
+        "from cloudexec import BatchExecutor, Lambda\n"
         "for launcher in (None, Lambda()):\n"
         "    with BatchExecutor(2, launcher=launcher) as executor:\n"
         "        print(executor.submit(pow, 2, 5).result())\n"
