@@ -163,7 +163,7 @@ def _measure_run() -> _fresh.Figures:
     sys.path.append(str(_ROOT / "tests"))
     from run_helpers import account
 
-    from cloudexec import run_script
+    import cloudexec
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -173,7 +173,7 @@ def _measure_run() -> _fresh.Figures:
         patch.chdir(folder)
         Path("script.py").write_text("import time\nprint(time.time(), flush=True)\n")
         begin = time.time()
-        run = run_script("script.py")
+        run = cloudexec.run("script.py")
         accepted = time.time()
         lines = run.lines()
         began = float(next(lines))

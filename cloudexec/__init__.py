@@ -35,7 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cloudexec._executor import BatchExecutor, OptionsView
     from cloudexec._future import BatchFuture
-    from cloudexec._graph import Graph, Node, Stage, run, stage
+    from cloudexec._graph import Graph, Node, Stage, stage
     from cloudexec._graph_report import StageReport
     from cloudexec._launchers.base import Cost, LauncherCounts, LaunchTimes, WorkerCapacity
     from cloudexec._launchers.batch import Batch
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from cloudexec._launchers.local import Local
     from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
-    from cloudexec._runs.run import Run, run_script
+    from cloudexec._run import run
+    from cloudexec._runs.run import Run
     from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
     from cloudexec._story import StoryEvent, TaskStory
 
@@ -102,14 +103,13 @@ __all__ = [
     "WorkerCounts",
     "WorkerLostError",
     "run",
-    "run_script",
     "stage",
 ]
 
 _LATER = {
     "_executor": ("BatchExecutor", "OptionsView"),
     "_future": ("BatchFuture",),
-    "_graph": ("Graph", "Node", "Stage", "run", "stage"),
+    "_graph": ("Graph", "Node", "Stage", "stage"),
     "_graph_report": ("StageReport",),
     "_launchers.base": ("Cost", "LaunchTimes", "LauncherCounts", "WorkerCapacity"),
     "_launchers.batch": ("Batch",),
@@ -120,7 +120,8 @@ _LATER = {
     "_launchers.local": ("Local",),
     "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),
-    "_runs.run": ("Run", "run_script"),
+    "_run": ("run",),
+    "_runs.run": ("Run",),
     "_stats": ("ExecutorStats", "SizeCounts", "TaskCounts", "WorkerCounts"),
     "_story": ("StoryEvent", "TaskStory"),
 }

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from cloudexec._progress import StageBars
 
-__all__ = ["Graph", "Node", "Stage", "run", "stage"]
+__all__ = ["Graph", "Node", "Stage", "run_nodes", "stage"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -524,17 +524,7 @@ class Graph:
         return svg(self.to_dot(by_stage=by_stage), path)
 
 
-@overload
-def run(nodes: Node[T], executor: BatchExecutor | OptionsView, *, progress: bool = False) -> T: ...
-@overload
-def run(
-    nodes: Any,
-    executor: BatchExecutor | OptionsView,
-    *,
-    progress: bool = False,
-    return_exceptions: bool = False,
-) -> Any: ...
-def run(
+def run_nodes(
     nodes: Any,
     executor: BatchExecutor | OptionsView,
     *,
@@ -640,5 +630,5 @@ def _outcome(node: Node[Any], future: BatchFuture[Any]) -> Any:
     return future.result()
 
 
-for _class in (Graph, Node, Stage, run, stage):
+for _class in (Graph, Node, Stage, stage):
     _class.__module__ = "cloudexec"

@@ -42,6 +42,7 @@ def account(
     ec2: bool = False,
     fargate: bool = False,
     functions: bool = False,
+    instances: bool = False,
     **options: Any,
 ) -> Iterator[FakeAWS]:
     """An AWS whose jobs are given the address and the credentials of their role."""
@@ -49,7 +50,7 @@ def account(
     patch.delenv("CLOUDEXEC_PROFILE", raising=False)
     patch.setattr(runs_followed, "_POLL", 0.1)  # commands in this process look more often
     settings: dict[str, Any] = {"calls_per_second": 1000, "stack_seconds": 0.0, "grace": 5.0}
-    given = {"fargate": fargate, "lambda": functions}
+    given = {"ec2": instances, "fargate": fargate, "lambda": functions}
     launchers = tuple(name for name, is_wanted in given.items() if is_wanted) or None
     with FakeAWS(aws_in_jobs=True, **(settings | options)) as aws:
         profile = asyncio.run(_set_up(SetupOptions(ec2=ec2, launchers=launchers)))
@@ -97,7 +98,11 @@ def left_nothing(aws: FakeAWS, *, within: float = 0.0) -> None:
     assert not {(each.operation, each.message) for each in aws.requests if each.status == 403}
     assert not [each for each in aws.requests if each.problems]
     eventually(
-        lambda: all(each.status in ("SUCCEEDED", "FAILED") for each in aws.jobs()), seconds=within
+        lambda: (
+            all(each.status in ("SUCCEEDED", "FAILED") for each in aws.jobs())
+            and all(each.state in ("shutting-down", "terminated") for each in aws.instances())
+        ),
+        seconds=within,
     )
 
 

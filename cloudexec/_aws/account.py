@@ -95,7 +95,9 @@ class AsyncMonitor:
         self._calls = PacedCalls(clients)
         tasks = TaskSearch(self._calls, clusters, public_ip=public_ip)
         self._functions = FunctionSearch(self._calls, functions)
-        self._instances = InstanceSearch(self._calls, log_group=log_group, is_used=instances)
+        self._instances = InstanceSearch(
+            self._calls, log_group=log_group, is_used=instances, public_ip=public_ip
+        )
         self._search = JobSearch(self._calls, queues, tasks, self._functions, self._instances)
         self._logs = JobLogs(self._calls, self._search, log_group)
         self._infos = JobInfos(

@@ -11,6 +11,7 @@ import socket
 import urllib.parse
 from dataclasses import dataclass, replace
 
+from cloudexec._aws.instance_metadata import InstanceMetadata
 from cloudexec._aws.profile import Profile
 from cloudexec._errors import ConfigError
 
@@ -20,8 +21,6 @@ _ADDRESS = re.compile(
     r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?"
 )
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
-_METADATA_HOST = "169.254.169.254"
-_METADATA_TIMEOUT = 1.0
 _VENDOR_FILE = "/sys/class/dmi/id/sys_vendor"
 _SAGEMAKER_FILE = "/opt/ml/metadata/resource-metadata.json"
 """File in which SageMaker describes a notebook or an app. Apps of Studio have no other metadata."""
@@ -236,32 +235,19 @@ def _interfaces() -> list[_Interface]:
     SageMaker's VPC, and another one in its owner's. Amazon EC2 User Guide, "Instance metadata
     categories".
     """
-    endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "")
-    host = urllib.parse.urlsplit(endpoint).netloc or _METADATA_HOST
-    connection = http.client.HTTPConnection(host, timeout=_METADATA_TIMEOUT)
-
-    def ask(method: str, path: str, headers: dict[str, str]) -> str:
-        connection.request(method, f"/latest/{path}", headers=headers)
-        response = connection.getresponse()
-        text = response.read().decode()
-        return text if response.status == 200 else ""
-
     found: list[tuple[int, _Interface]] = []
     try:
-        token = ask("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
-        headers = {"X-aws-ec2-metadata-token": token}
-        macs = "meta-data/network/interfaces/macs"
-        for line in ask("GET", f"{macs}/", headers).split():
-            base = f"{macs}/{line.strip('/')}"
-            number, vpc, private, public = (
-                ask("GET", f"{base}/{name}", headers)
-                for name in ("device-number", "vpc-id", "local-ipv4s", "public-ipv4s")
-            )
-            addresses = [(each.split() or [""])[0] for each in (private, public)]
-            interface = _Interface(vpc=vpc, private=addresses[0], public=addresses[1])
-            found.append((int(number or 0), interface))
+        with InstanceMetadata() as metadata:
+            macs = "network/interfaces/macs"
+            for line in metadata.get(f"{macs}/").split():
+                base = f"{macs}/{line.strip('/')}"
+                number, vpc, private, public = (
+                    metadata.get(f"{base}/{name}")
+                    for name in ("device-number", "vpc-id", "local-ipv4s", "public-ipv4s")
+                )
+                addresses = [(each.split() or [""])[0] for each in (private, public)]
+                interface = _Interface(vpc=vpc, private=addresses[0], public=addresses[1])
+                found.append((int(number or 0), interface))
     except (OSError, ValueError, http.client.HTTPException):
         return []
-    finally:
-        connection.close()
     return [each for _, each in sorted(found, key=lambda pair: pair[0])]

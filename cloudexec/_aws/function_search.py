@@ -40,11 +40,15 @@ class FunctionSearch:
         calls: How AWS is asked.
         groups: Log groups of functions; ``None``: those of all functions of the region that are
             called like ours, as far as they may be looked at.
+        may_be_denied: Whether given groups are passed over, too, if AWS does not let us look.
     """
 
-    def __init__(self, calls: PacedCalls, groups: Sequence[str] | None) -> None:
+    def __init__(
+        self, calls: PacedCalls, groups: Sequence[str] | None, *, may_be_denied: bool = False
+    ) -> None:
         self._calls = calls
         self._given = groups
+        self._may_be_denied = may_be_denied or groups is None
         self._stopped: set[str] = set()
 
     async def jobs(self, name: str = "") -> list[Mapping[str, Any]]:
@@ -59,7 +63,7 @@ class FunctionSearch:
             try:
                 invocations = await read_invocations(self._calls.call, group, since)
             except AwsError as exc:
-                if self._given is not None or "Denied" not in exc.code:
+                if not self._may_be_denied or "Denied" not in exc.code:
                     raise
                 continue
             for each in sorted(invocations, key=lambda each: each.billed_ms or DAY_MS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ __all__ = [
 MOST_INSTANCES = 100
 """Instances in one request. More may be asked for; Amazon EC2 API Reference, "RunInstances",
 advises to divide large requests, such as five for 100 each instead of one for 500."""
+_MIB_PER_VCPU = 8192
+"""Of instances with much memory, but for a few types. Amazon EC2 Instance Types, "Memory
+optimized"."""
 _OVERRIDES = 300
 """Combinations of instance types and subnets in one fleet. Amazon EC2 User Guide, "EC2 Fleet
 quotas"."""
@@ -112,16 +116,20 @@ def template_request(spec: TemplateSpec) -> dict[str, Any]:
 def requirements(size: WorkerSize) -> dict[str, Any]:
     """Return what an instance must have for a worker, where no types are named.
 
-    It may have up to twice the vCPUs. Amazon EC2 leaves out burstable types and those without an
+    It may have up to twice the vCPUs, or twice those that come with so much memory: most types have
+    8 GiB for each of them at the most. Amazon EC2 leaves out burstable types and those without an
     operating system's hypervisor by default, and those that cost much more than the cheapest.
 
     References:
         Amazon EC2 API Reference, "InstanceRequirementsRequest".
     """
-    most = max(2, 2 * int(size.vcpus))
+    most = 2 * max(1, int(size.vcpus), math.ceil(size.memory_mib / _MIB_PER_VCPU))
     wanted: dict[str, Any] = {
         "VCpuCount": {"Min": int(size.vcpus), "Max": most},
-        "MemoryMiB": {"Min": size.memory_mib, "Max": max(2 * size.memory_mib, most * 8192)},
+        "MemoryMiB": {
+            "Min": size.memory_mib,
+            "Max": max(2 * size.memory_mib, most * _MIB_PER_VCPU),
+        },
     }
     if size.gpus:
         wanted["AcceleratorCount"] = {"Min": size.gpus, "Max": size.gpus}

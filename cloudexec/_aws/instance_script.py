@@ -3,7 +3,8 @@
 It is the same for all instances of a request, so an instance says by its id which worker it is. It
 pulls the image, runs it with the engine that the system has, and shuts the instance down after
 that, which terminates it. Credentials are those of the instance's role. They reach ``curl`` through
-a pipe, so that no list of processes shows them, and containers cannot ask for them.
+a pipe, so that no list of processes shows them. A container can ask for them only where it shares
+the network of the instance, as that of a run does, whose role it is meant to have.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ USER_DATA_BYTES = 16 * 1024
 NOTICE_SECONDS = 5
 """Seconds between two looks for an interruption notice. Amazon EC2 User Guide, "Spot Instance
 interruption notices"."""
+_ENGINES_STOP = 10
 _RESERVED_MIB = 256
 """Memory that the container leaves to the system and to the engine."""
 _ECR = re.compile(r"(\d+\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\.[a-z0-9.-]+)/")
@@ -63,6 +65,12 @@ class MachineScript:
     spot: bool = False
     """Whether AWS may take it back, of which it is told two minutes before."""
     gpus: bool = False
+    is_reachable: bool = False
+    """Whether the container has the network of the instance: others then reach ports that it opens
+    at the instance's address, and it reaches the metadata service with the role's credentials."""
+    stop_seconds: int = _ENGINES_STOP
+    """Seconds from SIGTERM to SIGKILL, where the system shuts down while the container runs. That
+    is the engine's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +126,10 @@ def machine_script(wanted: MachineScript) -> str:
     options = ["--name worker", "--init", "--shm-size 1g", "--ulimit nofile=65535:65535"]
     if wanted.gpus:
         options.append("--gpus all")
+    if wanted.is_reachable:
+        options.append("--network host")
+    if wanted.stop_seconds != _ENGINES_STOP:
+        options.append(f"--stop-timeout {wanted.stop_seconds}")
     if wanted.log_group:
         logs = {
             "awslogs-region": wanted.region,

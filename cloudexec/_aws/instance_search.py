@@ -15,17 +15,27 @@ from typing import Any
 
 from cloudexec._aws.instance_script import container_stream
 from cloudexec._aws.machines import tags_of
-from cloudexec._aws.names import TAG_JOB
+from cloudexec._aws.names import TAG_JOB, TAG_STACK, log_group_of
 from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.prices import PriceTable
 from cloudexec._errors import AwsError
 
-__all__ = ["InstanceSearch", "is_instance_id"]
+__all__ = ["BY_ITSELF", "BY_USER", "RECLAIMED", "InstanceSearch", "is_instance_id"]
 
 _INSTANCE_ID = re.compile(r"i-(?:[0-9a-f]{8}|[0-9a-f]{17})")
 _STATUSES = {"pending": "STARTING", "running": "RUNNING"}
 _AT = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
-_BY_ITSELF = "Client.InstanceInitiatedShutdown"
+BY_ITSELF, BY_USER, RECLAIMED = "EssentialContainerExited", "UserInitiated", "SpotInterruption"
+"""How an instance ended, in the words that Amazon ECS has for tasks."""
+_STOP_CODES = {
+    "Client.InstanceInitiatedShutdown": BY_ITSELF,
+    "Client.UserInitiatedShutdown": BY_USER,
+    "Server.SpotInstanceShutdown": RECLAIMED,
+    "Server.SpotInstanceTermination": RECLAIMED,
+}
+"""By code of StateReason. Amazon EC2 API Reference, "StateReason"."""
+_FILTER_VALUES = 200
+"""Amazon EC2 API Reference, "Filter": 200 values in a request."""
 
 
 def is_instance_id(name: str) -> bool:
@@ -38,14 +48,18 @@ class InstanceSearch:
 
     Args:
         calls: How AWS is asked.
-        log_group: Where workers log.
+        log_group: Where workers log; empty: in the log group of their stack.
         is_used: Whether there may be any: where not, nothing is asked.
+        public_ip: Whether they have public addresses, of which those that have ended tell nothing.
     """
 
-    def __init__(self, calls: PacedCalls, *, log_group: str, is_used: bool) -> None:
+    def __init__(
+        self, calls: PacedCalls, *, log_group: str, is_used: bool, public_ip: bool = True
+    ) -> None:
         self._calls = calls
         self._log_group = log_group
         self._is_used = is_used
+        self._public_ip = public_ip
 
     async def jobs(self, name: str = "") -> list[Mapping[str, Any]]:
         """Return all instances that Amazon EC2 remembers, those that ended for about an hour.
@@ -70,10 +84,22 @@ class InstanceSearch:
         """Return the instances with these ids that there are."""
         if not ids:
             return []
-        # All, for what an instance is called depends on the others of its job; and one id that is
-        # not known would be an error for all of them.
-        found = await self._found([{"Name": "tag-key", "Values": [TAG_JOB]}])
+        # By a filter, as an id that is not known would be an error for all of them.
+        found = await self._with("instance-id", ids)
+        found = [each for each in found if each["tags"].get(TAG_JOB)]
+        jobs = sorted({each["tags"][TAG_JOB] for each in found if _is_numbered(each)})
+        # What an instance is called depends on the others of its job.
+        found = [each for each in found if not _is_numbered(each)]
+        found += await self._with(f"tag:{TAG_JOB}", jobs)
         return [each for each in found if each["jobId"] in ids]
+
+    async def _with(self, name: str, values: Sequence[str]) -> list[Mapping[str, Any]]:
+        """Return the instances for which a filter has one of these values."""
+        found: list[Mapping[str, Any]] = []
+        for at in range(0, len(values), _FILTER_VALUES):
+            page = list(values[at : at + _FILTER_VALUES])
+            found += await self._found([{"Name": name, "Values": page}])
+        return found
 
     async def stop(self, instance: str) -> None:
         """End an instance."""
@@ -114,10 +140,12 @@ class InstanceSearch:
         launched: datetime = instance["LaunchTime"]
         reason = instance.get("StateReason") or {}
         state = instance["State"]["Name"]
+        has_ended = state not in _STATUSES
+        has_address = self._public_ip if has_ended else bool(instance.get("PublicIpAddress"))
+        stop_code = _STOP_CODES.get(str(reason.get("Code")))
         status = _STATUSES.get(state)
         if status is None:
-            by_itself = reason.get("Code") == _BY_ITSELF
-            status = "SUCCEEDED" if by_itself else "FAILED"
+            status = "SUCCEEDED" if stop_code == BY_ITSELF else "FAILED"
         job = {
             "jobId": name,
             "jobName": _name_of(tags.get(TAG_JOB, ""), index),
@@ -125,6 +153,7 @@ class InstanceSearch:
             "jobDefinition": "",
             "status": status,
             "statusReason": reason.get("Message"),
+            "stopCode": stop_code,
             "createdAt": _ms(launched),
             "startedAt": None if status == "STARTING" else _ms(launched),
             "stoppedAt": _ended_at(instance),
@@ -137,20 +166,29 @@ class InstanceSearch:
                 },
                 "logConfiguration": {
                     "logDriver": "awslogs",
-                    "options": {"awslogs-group": self._log_group},
+                    "options": {
+                        "awslogs-group": self._log_group or log_group_of(tags.get(TAG_STACK, ""))
+                    },
                 },
                 "logStreamName": container_stream(name),
                 "networkConfiguration": {
-                    "assignPublicIp": "ENABLED" if instance.get("PublicIpAddress") else "DISABLED"
+                    "assignPublicIp": "ENABLED" if has_address else "DISABLED"
                 },
             },
             "platformCapabilities": ["EC2"],
             "compute": "instance",
             "instanceType": instance["InstanceType"],
+            "instanceState": state,
+            "zone": instance.get("Placement", {}).get("AvailabilityZone", ""),
             "spot": instance.get("InstanceLifecycle") == "spot",
             "tags": tags,
         }
         return {key: value for key, value in job.items() if value is not None}
+
+
+def _is_numbered(job: Mapping[str, Any]) -> bool:
+    """Whether a job is one of several that are numbered; that of a run is not."""
+    return str(job["tags"][TAG_JOB]).rpartition("-")[2].isdecimal()
 
 
 def _name_of(job: str, index: int) -> str:

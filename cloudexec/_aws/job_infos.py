@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cloudexec._aws.instance_prices import assumed_price
+from cloudexec._aws.instance_prices import assumed_price, instance_price
 from cloudexec._aws.job_details import (
     Runs,
     arch_of,
@@ -188,17 +188,7 @@ class JobInfos:
         vcpus, memory_mib = size_of(container)
         network = container.get("networkConfiguration", {})
         if compute == "instance":
-            whole = assumed_price(
-                self.table(),
-                WorkerSize(vcpus=vcpus or 1, memory_mib=memory_mib or 1),
-                arch=arch_of(container),
-                spot=spot,
-                disk_gib=_USUAL_DISK_GIB,
-                public_ip=network.get("assignPublicIp") == "ENABLED",
-                region=self._calls.region,
-                instance_type=str(detail["instanceType"]),
-            )
-            return whole, compute, spot
+            return self._price_of_instance(detail, container), compute, spot
         price = self.table().worker(
             vcpus=vcpus,
             memory_mib=memory_mib,
@@ -211,6 +201,34 @@ class JobInfos:
             region=self._calls.region,
         )
         return price, compute, spot
+
+    def _price_of_instance(
+        self, detail: Mapping[str, Any], container: Mapping[str, Any]
+    ) -> WorkerPrice:
+        """Return the price of an instance: as AWS has told it, or else as a table has it."""
+        spot, per_hour = bool(detail["spot"]), detail.get("perHour")
+        has_address = container.get("networkConfiguration", {}).get("assignPublicIp") == "ENABLED"
+        if per_hour is not None:
+            return instance_price(
+                self.table(),
+                float(per_hour),
+                spot=spot,
+                disk_gib=_USUAL_DISK_GIB,
+                public_ip=has_address,
+                estimated=spot,
+                region=self._calls.region,
+            )
+        vcpus, memory_mib = size_of(container)
+        return assumed_price(
+            self.table(),
+            WorkerSize(vcpus=vcpus or 1, memory_mib=memory_mib or 1, gpus=gpus_of(container)),
+            arch=arch_of(container),
+            spot=spot,
+            disk_gib=_USUAL_DISK_GIB,
+            public_ip=has_address,
+            region=self._calls.region,
+            instance_type=str(detail["instanceType"]),
+        )
 
     async def _learn_definitions(self, details: Iterable[Mapping[str, Any]]) -> None:
         """Look up the definitions of jobs whose own descriptions lack the size."""

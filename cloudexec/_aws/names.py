@@ -15,6 +15,7 @@ __all__ = [
     "RELAY_QUEUE",
     "RUNS_PREFIX",
     "RUN_EXECUTOR",
+    "TAG_ATTEMPT",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
     "TAG_JOB",
@@ -26,6 +27,7 @@ __all__ = [
     "definition_name",
     "is_setup_name",
     "job_name",
+    "log_group_of",
     "object_prefix",
     "partition_of",
     "region_of",
@@ -40,6 +42,8 @@ TAG_EXPIRES = "cloudexec:expires"
 """The time at which the job's time limit ends it, in UTC, ISO 8601."""
 TAG_JOB = "cloudexec:job"
 """Name of the job that an EC2 instance belongs to, where there is no AWS Batch."""
+TAG_ATTEMPT = "cloudexec:attempt"
+"""Number of the attempt, on the EC2 instance of a run."""
 TAG_RUN = "cloudexec:run"
 """The run's name, on jobs of executors in a program that ``cloudexec run`` has started."""
 TAG_STACK = "cloudexec:stack"
@@ -115,6 +119,11 @@ def stack_name(name: str) -> str:
             f"single hyphens between them, not {name!r}"
         )
     return f"cloudexec-{name}"
+
+
+def log_group_of(stack: str) -> str:
+    """Return the name of a stack's log group; empty without a stack."""
+    return f"/cloudexec/{stack}" if stack else ""
 
 
 def job_name(executor_id: str, launch: str) -> str:

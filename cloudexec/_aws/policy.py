@@ -38,7 +38,6 @@ Resource: TypeAlias = Literal[
     "function_role",
     "image",
     "instance_parts",
-    "instance_role",
     "instance_tags",
     "job",
     "log_group",
@@ -149,7 +148,7 @@ CALLS: Mapping[Call, tuple[Grant, ...]] = {
     ("ecs", "StopTask"): (Grant("ecs:StopTask", "own_task"),),
     **{
         ("ec2", operation): tuple(
-            Grant(action, kind, (PASSED_TO,) if kind == "instance_role" else ())  # type: ignore[arg-type]
+            Grant(action, kind, (PASSED_TO,) if kind == "role" else ())  # type: ignore[arg-type]
             for action, kind in grants
         )
         for operation, grants in OPERATIONS.items()
@@ -243,21 +242,28 @@ def actions_for(
         raise ValueError(f"not in the table of calls: {names}")
     grants = {grant for call in calls for grant in CALLS[call]}
     statements: list[dict[str, Any]] = []
-    kinds = {(each.resource, each.passed_to, each.in_cluster) for each in grants}
-    for resource, passed_to, in_cluster in sorted(kinds):
-        actions = sorted(
-            each.action
+    kinds = {(each.resource, bool(each.passed_to), each.in_cluster) for each in grants}
+    for resource, is_passed, in_cluster in sorted(kinds):
+        of_kind = [
+            each
             for each in grants
-            if (each.resource, each.passed_to, each.in_cluster) == (resource, passed_to, in_cluster)
-        )
+            if (each.resource, bool(each.passed_to), each.in_cluster)
+            == (resource, is_passed, in_cluster)
+        ]
+        actions = sorted({each.action for each in of_kind})
         arns, condition = _resources(resource, profile, place)
-        if passed_to:
-            condition = {"StringEquals": {"iam:PassedToService": list(passed_to)}}
+        if is_passed:
+            # A service takes on only a role whose own policy names it, so that one statement for
+            # all of them allows no more than one for each, and is shorter.
+            services = sorted({service for each in of_kind for service in each.passed_to})
+            condition = {"StringEquals": {"iam:PassedToService": services}}
+            if PASSED_TO in services and profile is not None and profile.instance_role:
+                arns = sorted([*arns, profile.instance_role])
         if in_cluster:
             (cluster,), _ = _resources("cluster", profile, place)
             condition = {"ArnLike": {"ecs:cluster": cluster}}
         statement: dict[str, Any] = {
-            "Sid": ("Pass" if passed_to else "Run" if in_cluster else "") + _SIDS[resource],
+            "Sid": ("Pass" if is_passed else "Run" if in_cluster else "") + _SIDS[resource],
             "Effect": "Allow",
             "Action": actions,
             "Resource": arns if len(arns) > 1 else arns[0],

@@ -18,7 +18,7 @@ OPERATIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("ec2:CreateFleet", "new_instance"),
         ("ec2:RunInstances", "new_instance"),
         ("ec2:CreateTags", "instance_tags"),
-        ("iam:PassRole", "instance_role"),
+        ("iam:PassRole", "role"),
         ("ssm:GetParameters", "system_image"),
     ),
     "CreateLaunchTemplate": (
@@ -39,7 +39,6 @@ OF_INSTANCES = frozenset(("ec2", operation) for operation in OPERATIONS) - {
 """Calls that are made only where there is a role for instances."""
 SIDS = {
     "instance_parts": "InstanceParts",
-    "instance_role": "InstanceRole",
     "instance_tags": "InstanceTags",
     "new_instance": "NewInstances",
     "own_instance": "OwnInstances",
@@ -57,7 +56,7 @@ def place_of(
         profile: Names the stack; ``None``: any of cloudexec's.
         place: Partition, region and account.
     """
-    partition, region, account = place
+    partition, region, _ = place
     stack = (profile.stack if profile is not None else "") or "cloudexec-*"
     test = "StringLike" if "*" in stack else "StringEquals"
 
@@ -82,5 +81,4 @@ def place_of(
         case "system_image":
             return [f"arn:{partition}:ssm:{region}::parameter/aws/service/*"], {}
         case _:
-            role = profile.instance_role if profile is not None else ""
-            return [role or f"arn:{partition}:iam::{account}:role/cloudexec-*"], {}
+            raise ValueError(resource)

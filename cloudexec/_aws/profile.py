@@ -64,6 +64,9 @@ class Profile:
     """ARN of the profile that the instances of ``EC2`` have; empty: the stack has none."""
     instance_role: str = ""
     """ARN of its role, which pulls the image, reads the key and writes the log."""
+    run_profile: str = ""
+    """ARN of the profile of instances that ``cloudexec run --on ec2`` starts, whose role is
+    ``run_role``; empty: the stack has none."""
     relay: str = ""
     """Default of a launcher's ``relay=``. It is ``"auto"`` if workers could not reach this machine
     when the profile was written."""

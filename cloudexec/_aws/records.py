@@ -98,7 +98,8 @@ class JobInfo(Record):
     """MiB of one worker."""
     arch: str
     compute: str
-    """``"fargate"``, ``"ec2"`` or ``"lambda"``."""
+    """``"fargate"``, ``"lambda"``, ``"ec2"`` for a share of an instance in AWS Batch, or
+    ``"instance"`` for a whole one."""
     spot: bool
     created_at: datetime
     started_at: datetime | None

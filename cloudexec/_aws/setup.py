@@ -542,6 +542,7 @@ def _profile(region: str, stack: Stack, options: SetupOptions, earlier: Profile 
         function_role=outputs.get("FunctionRole", ""),
         instance_profile=outputs.get("WorkerProfile", ""),
         instance_role=outputs.get("WorkerRole", ""),
+        run_profile=outputs.get("RunProfile", ""),
         vpc=outputs.get("Vpc", ""),
         subnets=tuple(filter(None, outputs.get("Subnets", "").split(","))),
         assign_public_ip=outputs.get("AssignPublicIp", "ENABLED") == "ENABLED",

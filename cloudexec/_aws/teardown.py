@@ -81,11 +81,11 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     jobs: dict[str, str] = {}
     for queue in resources.get("AWS::Batch::JobQueue", ()):
         jobs |= await _active_jobs(clients, queue)
+    jobs |= await active_instances(clients, stack_name(name))
     runs = [_RUN_JOB.fullmatch(name) for name in jobs.values()]
     tasks: set[str] = set()
     for cluster in resources.get("AWS::ECS::Cluster", ()):
         tasks |= await _active_tasks(clients, cluster)
-    tasks |= await active_instances(clients, stack_name(name))
     objects, has_more = 0, False
     for bucket in resources.get("AWS::S3::Bucket", ()):
         try:

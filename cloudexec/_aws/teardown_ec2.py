@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.machines import ALIVE, end_instances, find_instances
+from cloudexec._aws.machines import ALIVE, end_instances, find_instances, tags_of
 from cloudexec._aws.names import DEFINITION_PREFIX, TAG_JOB, TAG_STACK
 from cloudexec._aws.steps import Noted, Report, counted, stepping
 from cloudexec._errors import AwsError, ConfigError
@@ -14,8 +14,11 @@ from cloudexec._errors import AwsError, ConfigError
 __all__ = ["active_instances", "check_no_instances", "delete_instances"]
 
 
-async def active_instances(clients: AwsClients, stack: str) -> set[str]:
-    """Return ids of a stack's instances that have not ended, or nothing if that is not allowed.
+async def active_instances(clients: AwsClients, stack: str) -> dict[str, str]:
+    """Return a stack's instances that have not ended, or nothing if that is not allowed.
+
+    Returns:
+        The name of the job that each of them belongs to, by its id.
 
     Raises:
         AwsError: If AWS refuses otherwise.
@@ -24,14 +27,14 @@ async def active_instances(clients: AwsClients, stack: str) -> set[str]:
     states = ("pending", "running", "shutting-down", "stopping", "stopped")
     try:
         return {
-            str(each["InstanceId"])
+            str(each["InstanceId"]): job
             async for each in find_instances(clients, tags, states=states)
-            if any(tag["Key"] == TAG_JOB for tag in each.get("Tags", ()))
+            if (job := tags_of(each).get(TAG_JOB)) is not None
         }
     except AwsError as exc:
         if "Unauthorized" not in exc.code:
             raise
-        return set()
+        return {}
 
 
 async def check_no_instances(clients: AwsClients, stack: str) -> None:

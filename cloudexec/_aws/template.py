@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cloudexec._aws import template_ec2
+from cloudexec._aws import template_ec2, template_lambda
 from cloudexec._aws.names import (
     DEFINITION_PREFIX,
     OBJECTS_PREFIX,
     RELAY_PORT,
     TAG_REGION,
     TAG_STACK,
+    log_group_of,
 )
 from cloudexec._aws.template_lambda import OUTPUT as LAMBDA_OUTPUT
 from cloudexec._aws.template_lambda import PARAMETER as LAMBDA_PARAMETER
@@ -20,7 +21,7 @@ from cloudexec._aws.template_tasks import task_statements
 
 __all__ = ["DATA_PREFIX", "LOG_RETENTION_DAYS", "TEMPLATE_VERSION", "template", "template_text"]
 
-TEMPLATE_VERSION = "6"
+TEMPLATE_VERSION = "7"
 """Raised when the template changes. ``cloudexec doctor`` compares it with the stack's output."""
 DATA_PREFIX = "data/"
 """Prefix of the objects that tasks may read and write."""
@@ -114,8 +115,11 @@ def template() -> Json:
 
 
 def template_text() -> str:
-    """Return the template as JSON text."""
-    return json.dumps(template(), indent=2) + "\n"
+    """Return the template as JSON text, short enough to be passed to CloudFormation as it is.
+
+    That takes 51,200 bytes. AWS CloudFormation User Guide, "CloudFormation quotas".
+    """
+    return json.dumps(template(), indent=1) + "\n"
 
 
 def _parameters() -> Json:
@@ -214,7 +218,7 @@ def _storage() -> Json:
             "DeletionPolicy": "Delete",
             "UpdateReplacePolicy": "Delete",
             "Properties": {
-                "LogGroupName": {"Fn::Sub": "/cloudexec/${AWS::StackName}"},
+                "LogGroupName": {"Fn::Sub": log_group_of("${AWS::StackName}")},
                 "RetentionInDays": {"Ref": "LogRetentionDays"},
                 "Tags": _tags(),
             },
@@ -342,7 +346,8 @@ def _run_role() -> Json:
     """Return the role of `cloudexec run`, with the permissions that an executor's client needs.
 
     It may pass on the roles of workers, so that workers have fewer permissions. It may pass on
-    itself only to tasks in the stack's cluster, if there is one: see ``task_statements``.
+    itself only to tasks in the stack's cluster and to instances, if there are any: see
+    ``task_statements`` and ``template_ec2.run_statements``.
     """
 
     def arns(*names: str) -> list[Json]:
@@ -374,7 +379,9 @@ def _run_role() -> Json:
             "Properties": {
                 **_BOUNDARY,
                 "Description": "What programs started with cloudexec run may do",
-                "AssumeRolePolicyDocument": _trust_tasks(),
+                "AssumeRolePolicyDocument": template_ec2.run_trust(
+                    _trust_tasks(), _trust("ec2.amazonaws.com")
+                ),
                 "Policies": [
                     _policy(
                         "run",
@@ -416,7 +423,14 @@ def _run_role() -> Json:
                         allow({"Ref": "KeySecret"}, "secretsmanager:GetSecretValue"),
                         pass_roles,
                     ),
-                    {"Fn::If": ["Fargate", _policy("tasks", *task_statements()), _NOTHING]},
+                    *(
+                        {"Fn::If": [condition, _policy(name, *statements), _NOTHING]}
+                        for condition, name, statements in (
+                            ("Fargate", "tasks", task_statements()),
+                            (template_ec2.PARAMETER, "instances", template_ec2.run_statements()),
+                            ("Lambda", "functions", template_lambda.run_statements()),
+                        )
+                    ),
                 ],
                 "Tags": _tags(anywhere=True),
             },

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["CONDITION", "OUTPUT", "PARAMETER", "function_role", "repository_policy"]
+from cloudexec._aws.policy_lambda import OPERATIONS, PASSED_TO
+
+__all__ = [
+    "CONDITION",
+    "OUTPUT",
+    "PARAMETER",
+    "function_role",
+    "repository_policy",
+    "run_statements",
+]
 
 Json = dict[str, Any]
 
@@ -85,6 +94,48 @@ def function_role(boundary: Json, tags: Sequence[Json], data: Json) -> Json:
             },
         }
     }
+
+
+def run_statements() -> list[Json]:
+    """Return what the role of runs may do with functions, as statements of a policy.
+
+    References:
+        Service Authorization Reference, "Actions, resources, and condition keys for AWS Lambda".
+    """
+    function = "arn:${AWS::Partition}:lambda:${AWS::Region}:${AWS::AccountId}:function:"
+
+    def allow(resource: Any, *actions: str, **conditions: Json) -> Json:
+        found: Json = {"Effect": "Allow", "Action": list(actions), "Resource": resource}
+        return {**found, "Condition": conditions} if conditions else found
+
+    return [
+        allow(
+            {"Fn::Sub": function + "${AWS::StackName}-*"},
+            *sorted(
+                {
+                    action
+                    for rows in OPERATIONS.values()
+                    for action, kind in rows
+                    if kind == "function"
+                }
+            ),
+        ),
+        # There are no resources of these actions to name.
+        allow("*", "lambda:GetAccountSettings", "lambda:ListFunctions"),
+        # Whoever makes a function of an image must be allowed to read that.
+        allow(
+            {"Fn::GetAtt": ["Repository", "Arn"]},
+            "ecr:BatchGetImage",
+            "ecr:GetDownloadUrlForLayer",
+            "ecr:GetRepositoryPolicy",
+        ),
+        allow({"Fn::GetAtt": ["LogGroup", "Arn"]}, "logs:FilterLogEvents"),
+        allow(
+            {"Fn::GetAtt": ["FunctionRole", "Arn"]},
+            "iam:PassRole",
+            StringEquals={"iam:PassedToService": [PASSED_TO]},
+        ),
+    ]
 
 
 def repository_policy() -> Json:

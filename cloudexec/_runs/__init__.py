@@ -4,10 +4,10 @@
 (``places``) has the machine; ``runs`` is the client's side, ``inside`` the program on the machine,
 and ``run`` the interface for programs.
 
-Another place is a file like ``on_batch`` and ``on_fargate``, and a line in ``places``. Where its
-machines can be told as jobs, ``job_place`` finds, prices and ends them. A place that has no time
-limits and no further attempts leaves these to the machine (``succession``), and what it forgets is
-in the bucket (``known``).
+Another place is a file like ``on_batch``, ``on_ec2`` and ``on_fargate``, and a line in ``places``.
+Where its machines can be told as jobs, ``job_place`` finds, prices and ends them. A place that has
+no time limits and no further attempts leaves these to the machine (``succession``), and what it
+forgets is in the bucket (``known``).
 
 A run has a prefix of its own in the profile's bucket:
 

@@ -12,6 +12,7 @@ from cloudexec._runs.info import RunInfo
 from cloudexec._runs.known import Known
 from cloudexec._runs.places import MachineState, has_place
 from cloudexec._runs.plan import RunPlan, RunResult
+from cloudexec._runs.protocol import TIME_IS_UP
 
 __all__ = ["KILLED", "Found", "Look", "Position"]
 
@@ -23,7 +24,7 @@ _QUIET = 3
 """Looks at a log that must find nothing new after a machine was killed."""
 _PATIENCE = 30
 """Looks at a log whose last line has not come, though the program has ended by itself."""
-KILLED = (None, 137, 143)
+KILLED = (None, 137, TIME_IS_UP, 143)
 """Exit codes that a machine has whose program may not have ended by itself."""
 
 

@@ -30,7 +30,7 @@ class RunInfo(Record):
     user: str
     project: str
     on: str
-    """Where its machine is: ``"batch"`` or ``"fargate"``."""
+    """Where its machine is: ``"batch"``, ``"ec2"`` or ``"fargate"``."""
     vcpus: float
     memory_mib: int
     gpus: int

@@ -1,4 +1,4 @@
-"""What places have in common whose machines are jobs: of AWS Batch, or tasks of Amazon ECS."""
+"""What places have in common whose machines are told as jobs: see ``JobPlace``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from cloudexec._aws import names
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import cause_of_end, cause_of_refusal, is_out_of_capacity
+from cloudexec._aws.function_search import FunctionSearch, is_invocation_id
+from cloudexec._aws.instance_script import container_stream
+from cloudexec._aws.instance_search import InstanceSearch, is_instance_id
 from cloudexec._aws.job_details import streams_of, was_ordered
 from cloudexec._aws.job_infos import JobInfos
 from cloudexec._aws.job_search import JobSearch
@@ -37,6 +40,7 @@ from cloudexec._runs.protocol import TIME_IS_UP
 
 __all__ = ["JobPlace", "no_room", "run_job_name"]
 
+_T = TypeVar("_T")
 _NONE: Mapping[str, Known] = MappingProxyType({})
 _CHILD_CALLS = 50
 _START_SECONDS = 60.0
@@ -59,8 +63,8 @@ _QUEUED = timedelta(days=1)
 class JobPlace(ABC):
     """Runs as jobs, which are found by their names and tags.
 
-    Executors in a run may have workers in AWS Batch and in Amazon ECS, wherever its machine is, so
-    both are looked at.
+    They are jobs of AWS Batch, tasks of Amazon ECS or EC2 instances. Executors in a run may have
+    workers in any of these and on AWS Lambda, wherever its machine is, so all are looked at.
 
     Args:
         clients: Calls to AWS, in the profile's region.
@@ -90,11 +94,21 @@ class JobPlace(ABC):
             # Runs on AWS Batch go on in a stack whose role of runs is older than those on Fargate.
             may_be_denied=self.tries_again,
         )
-        self._search = JobSearch(self._calls, profile.queues, tasks)
+        group = profile.log_group
+        functions = FunctionSearch(
+            self._calls, [group] if profile.function_role else [], may_be_denied=True
+        )
+        self._instances = InstanceSearch(
+            self._calls,
+            log_group=group,
+            is_used=bool(profile.instance_profile),
+            public_ip=profile.assign_public_ip,
+        )
+        self._search = JobSearch(self._calls, profile.queues, tasks, functions, self._instances)
         self._infos = JobInfos(
             self._calls,
             self._search,
-            log_group=profile.log_group,
+            log_group=group,
             prices=self._prices,
             child_calls=_CHILD_CALLS,
         )
@@ -175,6 +189,8 @@ class JobPlace(ABC):
             )
             for plan in plans
         }
+        for plan in plans:
+            jobs[plan.name] = await self._all_learned(plan, jobs[plan.name])
         all_jobs = [each for found in jobs.values() for each in found]
         infos = {each.id: each for each in await self._infos.infos(all_jobs)}
         return {
@@ -185,15 +201,31 @@ class JobPlace(ABC):
 
     async def look(self, plan: RunPlan, state: MachineState) -> MachineState:
         """Look at the run's job."""
-        details = await self._search.describe([state.job_id])
+        details = await self._all_learned(plan, await self._search.describe([state.job_id]))
         infos = {each.id: each for each in await self._infos.infos(details)}
         return self._state(plan, details, infos, state.known) or state
 
-    async def why(self, state: MachineState) -> str:
+    async def _all_learned(
+        self, plan: RunPlan, details: Sequence[Mapping[str, Any]]
+    ) -> list[Mapping[str, Any]]:
+        return list(
+            await asyncio.gather(
+                *(
+                    self._learned(plan, each) if _is_own(each, plan.name) else _only(each)
+                    for each in details
+                )
+            )
+        )
+
+    async def _learned(self, plan: RunPlan, details: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what is told of the machine of a run, with what is to be learned elsewhere."""
+        return details
+
+    async def why(self, plan: RunPlan, state: MachineState) -> str:
         """Ask why a job waits, or read how it ended."""
         if state.is_remembered:
             return state.reason
-        described = await self._search.describe([state.job_id])
+        described = await self._all_learned(plan, await self._search.describe([state.job_id]))
         if not described:
             return f"{self.title} does not know the job any more"
         details = described[0]
@@ -223,8 +255,8 @@ class JobPlace(ABC):
         all_own = [infos[each["jobId"]] for each in own]
         costs = {
             **known.costs,
-            **{each.id: _cost(each, is_own=True) for each in all_own if is_task_id(each.id)},
-            **{each.id: _cost(each, is_own=False) for each in workers if is_task_id(each.id)},
+            **{each.id: _cost(each, is_own=True) for each in all_own if _is_forgotten_soon(each)},
+            **{each.id: _cost(each, is_own=False) for each in workers if _is_forgotten_soon(each)},
         }
         forgotten = [each for key, each in known.costs.items() if key not in infos]
         known = replace(known, costs=costs)
@@ -247,7 +279,7 @@ class JobPlace(ABC):
                 exit_code=end.exit_code,
                 reason=end.reason,
                 was_stopped=end.was_stopped,
-                streams=tuple(_streams_of_tasks((), known)),
+                streams=tuple(_streams_of_attempts((), known)),
                 log_group=self._profile.log_group,
                 attempts=len(known.attempts),
                 run_seconds=seconds,
@@ -264,7 +296,7 @@ class JobPlace(ABC):
         attempts = len(newest.get("attempts", ()))
         streams = streams_of(newest)
         if not self.tries_again:
-            streams = _streams_of_tasks(own, known)
+            streams = _streams_of_attempts(own, known)
             began = {*known.attempts, *(each.id for each in all_own)}
             attempts = len(began) - (info.state in ACTIVE)
         return MachineState(
@@ -293,7 +325,11 @@ class JobPlace(ABC):
     async def end(self, job_id: str, reason: str) -> None:
         """End a job."""
         call = self._clients.call
-        if is_task_id(job_id):
+        if is_instance_id(job_id):
+            stop: Callable[[], Coroutine[Any, Any, Any]] = functools.partial(
+                self._instances.stop, job_id
+            )
+        elif is_task_id(job_id):
             stop = functools.partial(
                 call,
                 "ecs",
@@ -327,6 +363,8 @@ class JobPlace(ABC):
             for each in details
             if each.get("tags", {}).get(names.TAG_RUN) == name
             and not (workers_only and _is_own(each, name))
+            # No request ends these: they end when they lose their program.
+            and not is_invocation_id(str(each["jobId"]))
         ]
         details.sort(key=lambda each: not _is_own(each, name))
         for each in details:
@@ -367,6 +405,15 @@ def _of_this_start(
     return [*own, *(each for each in workers if int(each["createdAt"]) >= min(began))]
 
 
+async def _only(value: _T) -> _T:
+    return value
+
+
+def _is_forgotten_soon(info: JobInfo) -> bool:
+    """Whether AWS forgets a job about an hour after its end."""
+    return is_task_id(info.id) or is_instance_id(info.id)
+
+
 def _cost(info: JobInfo, *, is_own: bool) -> JobCost:
     return JobCost(
         usd=info.cost_usd,
@@ -376,13 +423,18 @@ def _cost(info: JobInfo, *, is_own: bool) -> JobCost:
     )
 
 
-def _streams_of_tasks(own: Sequence[Mapping[str, Any]], known: Known) -> list[tuple[int, str]]:
+def _streams_of_attempts(own: Sequence[Mapping[str, Any]], known: Known) -> list[tuple[int, str]]:
     """Return the number and log stream of each attempt that has begun, in order."""
     ids = dict.fromkeys(known.attempts)
     ids |= {str(each["jobId"]): None for each in own if streams_of(each)}
-    return [
-        (number, f"{LOG_PREFIX}/{CONTAINER}/{task_id}") for number, task_id in enumerate(ids, 1)
-    ]
+    return [(number, _stream_of(job_id)) for number, job_id in enumerate(ids, 1)]
+
+
+def _stream_of(job_id: str) -> str:
+    """Return the log stream of a task or an instance."""
+    if is_instance_id(job_id):
+        return container_stream(job_id)
+    return f"{LOG_PREFIX}/{CONTAINER}/{job_id}"
 
 
 def _why_it_ended(details: Mapping[str, Any], state: MachineState) -> str:

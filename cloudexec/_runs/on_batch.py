@@ -64,7 +64,8 @@ class OnBatch(JobPlace):
         queue = self._profile.queues.get(kind, "")
         if not queue:
             there = ", ".join(sorted(self._profile.queues)) or "none"
-            hint = "; `cloudexec up --ec2` adds them" if compute == "ec2" else ""
+            adds = "; `cloudexec up --ec2` adds them, and --on ec2 needs no queue"
+            hint = adds if compute == "ec2" else ""
             raise ConfigError(
                 f"the profile {self._profile.name!r} has no queue for {kind} (it has: {there}), "
                 f"on which this machine would be{hint}"

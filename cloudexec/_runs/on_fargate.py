@@ -46,7 +46,7 @@ class OnFargate(JobPlace):
         self._placement()  # complains if there is no cluster
         if request.gpus:
             raise ConfigError(
-                "Fargate has no GPUs: --on batch runs on EC2 instances, with the queues of "
+                "Fargate has no GPUs: --on ec2 has them, and --on batch with the queues of "
                 "`cloudexec up --ec2`"
             )
         cpus = request.cpus

@@ -31,15 +31,9 @@ __all__ = [
 _NONE: Mapping[str, Known] = MappingProxyType({})
 _PLACES: Mapping[str, str] = {
     "batch": "cloudexec._runs.on_batch:OnBatch",
+    "ec2": "cloudexec._runs.on_ec2:OnEc2",
     "fargate": "cloudexec._runs.on_fargate:OnFargate",
 }
-_ELSEWHERE: Mapping[str, str] = {
-    "ec2": (
-        "runs do not start EC2 instances themselves: with the queues of `cloudexec up --ec2`, "
-        "--on batch runs on EC2 what needs GPUs or is too large for Fargate"
-    ),
-}
-"""Names that people may expect, and what they can do instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +168,7 @@ class Place(Protocol):
     async def look(self, plan: RunPlan, state: MachineState) -> MachineState:
         """Look again at a machine that was found, with one request; not at workers."""
 
-    async def why(self, state: MachineState) -> str:
+    async def why(self, plan: RunPlan, state: MachineState) -> str:
         """Say why a machine waits, or how it ended, in words for people."""
 
     async def stop(
@@ -213,10 +207,8 @@ def place_named(name: str, clients: AwsClients, profile: Profile) -> Place:
         ConfigError: If there is none of that name.
     """
     if name not in _PLACES:
-        known = " or ".join(sorted(_PLACES))
-        if hint := _ELSEWHERE.get(name, ""):
-            raise ConfigError(f"--on {name} is not possible, only {known}: {hint}")
-        raise ConfigError(f"on must be {known}, not {name!r}")
+        *others, last = place_names()
+        raise ConfigError(f"on must be {', '.join(others)} or {last}, not {name!r}")
     module, _, kind = _PLACES[name].partition(":")
     place: Place = getattr(import_module(module), kind)(clients, profile)
     return place

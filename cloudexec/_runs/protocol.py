@@ -7,6 +7,7 @@ __all__ = [
     "EXIT_FILES_LOST",
     "EXIT_NOT_RUN",
     "INTERRUPTED",
+    "MACHINE_VARIABLE",
     "REGION_VARIABLE",
     "RUN_VARIABLE",
     "START_VARIABLE",
@@ -21,6 +22,8 @@ START_VARIABLE = "CLOUDEXEC_RUN_START"
 """Id of the start for which the job was submitted."""
 ATTEMPT_VARIABLE = "CLOUDEXEC_RUN_IS_ATTEMPT"
 """Number of the attempt, where the place of the run has no variable of its own for it."""
+MACHINE_VARIABLE = "CLOUDEXEC_RUN_MACHINE"
+"""Id of the machine's job, where the place of the run has no other way to tell it."""
 TIME_IS_UP = 142
 """Exit code of a machine that has ended itself by SIGALRM, as its time limit was over."""
 INTERRUPTED = 143

@@ -1,4 +1,4 @@
-"""``run_script`` and ``Run``: runs for programs that block."""
+"""``start_run`` and ``Run``: runs for programs that block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cloudexec._runs.info import RunInfo
 from cloudexec._runs.places import MachineRequest
 from cloudexec._runs.runs import AsyncRuns, RunRequest
 
-__all__ = ["Run", "RunsClient", "make_request", "profile_name", "run_script"]
+__all__ = ["Run", "RunsClient", "make_request", "profile_name", "start_run"]
 
 _logger = Log()
 _T = TypeVar("_T")
@@ -104,7 +104,7 @@ def make_request(
     max_cost: float | None = None,
     project: str = "",
 ) -> RunRequest:
-    """Return what is to be run, checked; the arguments are those of ``run_script``.
+    """Return what is to be run, checked; the arguments are those of ``cloudexec.run``.
 
     Raises:
         ConfigError: If one of them is out of its range.
@@ -170,7 +170,7 @@ def _check_notebook(kind: str, image: str | None, packages: Packages | None) -> 
 
 
 class Run:
-    """A run: a program on one machine in AWS. ``run_script`` starts one, ``Run.find`` finds one.
+    """A run: a program on one machine in AWS. ``cloudexec.run`` starts one, ``Run.find`` finds one.
 
     The run goes on whatever becomes of this object and of this program.
 
@@ -268,7 +268,8 @@ class Run:
     def stop(self) -> None:
         """End it, with the workers of executors in it.
 
-        SIGKILL follows SIGTERM after 30 seconds, and after 120 on Fargate without AWS Batch.
+        SIGKILL follows SIGTERM after 30 seconds, on Fargate without AWS Batch after 120, and on an
+        instance of its own after 60.
 
         Raises:
             AwsError: If AWS refuses, or cannot be reached.
@@ -380,35 +381,14 @@ def looks(
         pause(_POLL)
 
 
-def run_script(
+def start_run(
     target: str | os.PathLike[str] = "",
     args: Sequence[str] = (),
     *,
     profile: str | None = None,
     **options: Any,
 ) -> Run:
-    """Start a program on one machine in AWS, as ``cloudexec run --detach`` does.
-
-    The machine has the packages that are installed here, or the profile's image. The script's own
-    modules are sent along. The call returns when the machine has been asked for.
-
-    Args:
-        target: Path of a script or notebook, or with ``module=True`` the name of a module; empty:
-            ``args`` is a command.
-        args: Arguments of it.
-        profile: Name of the profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``.
-        options: What ``cloudexec run`` takes: ``module``, ``cpus``, ``memory``, ``gpus``, ``arch``,
-            ``spot``, ``on``, ``name``, ``resume``, ``files``, ``outputs``, ``env``, ``image``,
-            ``packages``, ``max_hours``, ``max_cost`` (USD) and ``project``.
-
-    Returns:
-        The run, which goes on by itself.
-
-    Raises:
-        ConfigError: If it cannot be run as it is wanted.
-        AwsError: If AWS refuses, or cannot be reached.
-        LaunchError: If the image cannot be made.
-    """
+    """Start a program on one machine in AWS; see ``cloudexec.run``."""
     request = make_request(target, args, **options)
     client = RunsClient(profile)
     try:
@@ -424,4 +404,4 @@ def _silent(line: str) -> None:
     pass
 
 
-Run.__module__ = run_script.__module__ = "cloudexec"
+Run.__module__ = "cloudexec"

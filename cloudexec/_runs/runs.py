@@ -119,13 +119,17 @@ class AsyncRuns:
             raise ConfigError(lacking)
         self._clients = clients
         self._profile = profile
+        self._places: dict[str, Place] = {}
 
     def bucket(self, name: str) -> RunBucket:
         """Return what the bucket has of a run."""
         return RunBucket(self._clients, self._profile.bucket, check_name(name))
 
     def _place(self, name: str) -> Place:
-        return place_named(name, self._clients, self._profile)
+        # A place keeps what it has learned, such as prices.
+        if name not in self._places:
+            self._places[name] = place_named(name, self._clients, self._profile)
+        return self._places[name]
 
     # The start.
 
@@ -378,7 +382,12 @@ class AsyncRuns:
         if found.machine is None:
             title = self._place(found.plan.on).title
             return f"{title} does not know its machine (any more), and the machine has not said how"
-        return await self._place(found.plan.on).why(found.machine)
+        if found.machine.was_stopped and not self._place(found.plan.on).tries_again:
+            # Not every place takes a reason. Whoever stops a run writes it into the bucket.
+            reason = await self.bucket(found.plan.name).stop_reason(found.plan.start_id)
+            if reason:
+                return f"it was {reason}"
+        return await self._place(found.plan.on).why(found.plan, found.machine)
 
     async def look(self, found: Found, position: Position) -> Look:
         """Look at a run that is followed: at its machine, and at what it has printed since.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -13,29 +14,34 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
+from cloudexec._aws.instance_metadata import InstanceMetadata
+from cloudexec._aws.instance_search import is_instance_id
 from cloudexec._errors import AwsError, CloudexecError
 from cloudexec._runs.bucket import RunBucket
 from cloudexec._runs.budget import Budget
 from cloudexec._runs.places import MachineState, Place
 from cloudexec._runs.plan import RunPlan, RunResult
-from cloudexec._runs.protocol import INTERRUPTED
+from cloudexec._runs.protocol import INTERRUPTED, MACHINE_VARIABLE
 
-__all__ = ["Succession", "own_task", "succession_of"]
+__all__ = ["Succession", "own_machine", "succession_of"]
 
 _MOST_ATTEMPTS = 3
 """As many as AWS Batch makes of a run."""
 _METADATA_SECONDS = 2.0
 _NOTICE = 90.0
 """Seconds from SIGTERM on in which the next attempt is asked for. AWS kills this process after 120.
-Amazon ECS Developer Guide, "Amazon ECS clusters for Fargate"."""
+Amazon ECS Developer Guide, "Amazon ECS clusters for Fargate"; Amazon EC2 User Guide, "Spot Instance
+interruption notices"."""
 
 
-def own_task() -> str:
-    """Return the id of the task of Amazon ECS that this process runs in; empty: it is not known.
+def own_machine() -> str:
+    """Return the id of the job that this process runs in; empty: it is not known.
 
     References:
         Amazon ECS Developer Guide, "Task metadata endpoint version 4".
     """
+    if named := os.environ.get(MACHINE_VARIABLE, ""):
+        return named
     where = urlsplit(os.environ.get("ECS_CONTAINER_METADATA_URI_V4", ""))
     if where.scheme != "http" or not where.hostname:
         return ""
@@ -50,6 +56,17 @@ def own_task() -> str:
         return ""
     finally:
         connection.close()
+
+
+def _has_notice() -> bool:
+    """Whether AWS is about to take back the EC2 instance that this process runs on.
+
+    References:
+        Amazon EC2 User Guide, "Spot Instance interruption notices".
+    """
+    with contextlib.suppress(OSError, http.client.HTTPException), InstanceMetadata() as metadata:
+        return bool(metadata.get("spot/instance-action"))
+    return False
 
 
 def succession_of(
@@ -94,7 +111,7 @@ class Succession:
     async def begin(self) -> None:
         """Write that this attempt runs the program."""
         self.end_after(self._plan.max_seconds)
-        self._task = await asyncio.to_thread(own_task)
+        self._task = await asyncio.to_thread(own_machine)
         known = await self._bucket.known(self._plan.start_id)
         if self._task:
             known = known.begun_by(self._task)
@@ -139,7 +156,7 @@ class Succession:
                     self._plan, self._variables, attempt=self._attempt + 1
                 )
         except (CloudexecError, TimeoutError) as exc:
-            why = str(exc) or "Amazon ECS does not answer"
+            why = str(exc) or f"{self._place.title} does not answer"
             text = f"AWS took its machine back, and there is no other one for it: {why}"
             return replace(end, reason=f"{text}. --resume goes on with its journal and its files")
         self._budget.known = self._budget.known.begun_by(task)
@@ -164,4 +181,9 @@ class Succession:
         )
         if not self._task:
             raise AwsError("its metadata endpoint has not answered", code="NoMetadata")
-        return await self._place.look(self._plan, unknown)
+        state = await self._place.look(self._plan, unknown)
+        # Amazon EC2 says so to the instance, and only later to others.
+        if is_instance_id(self._task) and await asyncio.to_thread(_has_notice):
+            reason = state.reason or "Amazon EC2 has given notice"
+            return replace(state, was_reclaimed=True, reason=reason)
+        return state

@@ -105,8 +105,8 @@ def _variables(
     "--on",
     default="batch",
     show_default=True,
-    metavar="batch|fargate",
-    help="Ask AWS Batch for the machine, which has a queue, or Amazon ECS, which has none.",
+    metavar="batch|ec2|fargate",
+    help="Ask AWS Batch for the machine, which has a queue, or Amazon EC2 or ECS, without one.",
 )
 @click.option("--name", default="", metavar="NAME", help="Name of the run; by default a new one.")
 @click.option(

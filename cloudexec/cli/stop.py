@@ -173,10 +173,12 @@ def _stop_runs(names: Sequence[str], profile: str | None) -> list[str]:
 
 def _note_stops(jobs: Sequence[JobInfo], profile: str | None) -> None:
     """Write that no other attempt of runs is to follow, where their machines start them."""
+    from cloudexec._aws.instance_search import is_instance_id
     from cloudexec._aws.task_search import is_task_id
     from cloudexec._runs.run import RunsClient
 
-    runs = [each.run for each in jobs if is_task_id(each.id) and each.run]
+    alone = [each for each in jobs if is_task_id(each.id) or is_instance_id(each.id)]
+    runs = [each.run for each in alone if each.run]
     if not runs:
         return
     # Another stack may have a run of that name, whose job is to be stopped. And a machine that is

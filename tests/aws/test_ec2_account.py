@@ -133,6 +133,7 @@ def test_only_instances_with_the_stack_s_tag_may_be_started_and_ended() -> None:
         execution_role="arn:aws:iam::123456789012:role/execution",
         instance_profile="arn:aws:iam::123456789012:instance-profile/p",
         instance_role="arn:aws:iam::123456789012:role/instances",
+        run_role="arn:aws:iam::123456789012:role/runs",
     )
     statements = {each["Sid"]: each for each in policy(profile)["Statement"]}
     assert statements["OwnInstances"]["Condition"] == {
@@ -142,7 +143,10 @@ def test_only_instances_with_the_stack_s_tag_may_be_started_and_ended() -> None:
         "StringEquals": {"aws:RequestTag/cloudexec:stack": "cloudexec-default"}
     }
     assert not any("instance/" in arn for arn in statements["InstanceParts"]["Resource"])
-    assert statements["PassInstanceRole"]["Resource"] == profile.instance_role
-    assert statements["PassInstanceRole"]["Condition"] == {
-        "StringEquals": {"iam:PassedToService": ["ec2.amazonaws.com"]}
-    }
+    # The roles of workers and of runs; which service takes one on, its own policy says.
+    passing = statements["PassRoles"]
+    assert passing["Resource"] == sorted(
+        [profile.execution_role, profile.instance_role, profile.run_role]
+    )
+    services = ["batch.amazonaws.com", "ec2.amazonaws.com", "ecs-tasks.amazonaws.com"]
+    assert passing["Condition"] == {"StringEquals": {"iam:PassedToService": services}}

@@ -188,6 +188,7 @@ def test_only_what_reads_or_logs_in_is_allowed_on_everything(profile: Profile | 
 
 
 _ROLE = f"arn:aws:iam::{ACCOUNT}:role/cloudexec-default-"
+_PROFILE = f"arn:aws:iam::{ACCOUNT}:instance-profile/cloudexec-default-"
 _QUEUE = f"arn:aws:batch:eu-central-1:{ACCOUNT}:job-queue/cloudexec-default-"
 LARGEST = dataclasses.replace(
     PROFILE,
@@ -199,7 +200,9 @@ LARGEST = dataclasses.replace(
     job_role=f"{_ROLE}JobRole-AbCdEfGhIjKl",
     run_role=f"{_ROLE}RunRole-AbCdEfGhIjKl",
     function_role=f"{_ROLE}FunctionRole-AbCdEfGhIjKl",
-    instance_role=f"{_ROLE}InstanceRole-AbCdEfGhIjKl",
+    instance_profile=f"{_PROFILE}WorkerProfile-AbCdEfGhIjKl",
+    instance_role=f"{_ROLE}WorkerRole-AbCdEfGhIjKl",
+    run_profile=f"{_PROFILE}RunProfile-AbCdEfGhIjKl",
     cluster=f"arn:aws:ecs:eu-central-1:{ACCOUNT}:cluster/cloudexec-default",
 )
 """A profile for all launchers, as ``cloudexec up --ec2 --with batch,fargate,lambda,ec2`` makes."""

@@ -13,6 +13,7 @@ import pytest
 from cloudexec._aws.template import TEMPLATE_VERSION, template, template_text
 
 RESOURCES: dict[str, Any] = template()["Resources"]
+NOTHING = {"Ref": "AWS::NoValue"}
 UNTAGGED = {
     "AWS::EC2::SecurityGroupIngress",  # has no tags in CloudFormation
     "AWS::IAM::InstanceProfile",  # likewise
@@ -28,6 +29,18 @@ def _statements(role: str) -> list[dict[str, Any]]:
         each for each in RESOURCES[role]["Properties"]["Policies"] if "PolicyDocument" in each
     ]
     return [each for one in policies for each in one["PolicyDocument"]["Statement"]]
+
+
+def _conditional(condition: str) -> list[dict[str, Any]]:
+    """Return what the role of runs may do only if the stack has resources for a launcher."""
+    choices = [
+        each["Fn::If"]
+        for each in RESOURCES["RunRole"]["Properties"]["Policies"]
+        if "Fn::If" in each
+    ]
+    (policy,) = (yes for name, yes, no in choices if name == condition and no == NOTHING)
+    found: list[dict[str, Any]] = policy["PolicyDocument"]["Statement"]
+    return found
 
 
 def test_cfn_lint_finds_nothing(tmp_path: Path) -> None:
@@ -50,8 +63,12 @@ def test_text_is_the_template() -> None:
 
 
 def test_template_fits_into_a_request() -> None:
-    """51,200 bytes at most. AWS CloudFormation User Guide, "CloudFormation quotas"."""
+    """51,200 bytes at most. AWS CloudFormation User Guide, "CloudFormation quotas".
+
+    Also as it is printed, for administrators who deploy it from a file.
+    """
     assert len(json.dumps(template()).encode()) < 51_200
+    assert len(template_text().encode()) < 51_200
 
 
 def test_outputs_are_those_that_a_profile_is_made_of() -> None:
@@ -71,6 +88,7 @@ def test_outputs_are_those_that_a_profile_is_made_of() -> None:
         "LogGroup",
         "RelayQueue",
         "Repository",
+        "RunProfile",
         "RunRole",
         "SecurityGroup",
         "Subnets",
@@ -138,8 +156,16 @@ def test_ec2_resources_exist_only_on_request() -> None:
 
 
 def test_only_this_account_can_have_ecs_take_on_the_roles() -> None:
-    for name in ("JobRole", "ExecutionRole", "RunRole"):
-        (statement,) = RESOURCES[name]["Properties"]["AssumeRolePolicyDocument"]["Statement"]
+    trusts = {
+        name: RESOURCES[name]["Properties"]["AssumeRolePolicyDocument"]["Statement"]
+        for name in ("JobRole", "ExecutionRole", "RunRole")
+    }
+    # The machine of a run may be an instance, which has no condition to name.
+    either = trusts["RunRole"].pop()
+    instances = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}}
+    instances["Action"] = "sts:AssumeRole"
+    assert either == {"Fn::If": ["Instances", instances, {"Ref": "AWS::NoValue"}]}
+    for (statement,) in trusts.values():
         assert statement["Principal"] == {"Service": "ecs-tasks.amazonaws.com"}
         assert statement["Condition"] == {
             "StringEquals": {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}
@@ -192,10 +218,7 @@ def test_programs_that_are_run_may_use_this_stack_and_hand_on_less_than_they_hav
 
 def test_programs_that_are_run_hand_their_role_on_to_tasks_of_a_stack_with_a_cluster_only() -> None:
     """The next attempt of a run on Fargate has it, and no definition of another stack is run."""
-    _, of_cluster = RESOURCES["RunRole"]["Properties"]["Policies"]
-    condition, policy, otherwise = of_cluster["Fn::If"]
-    assert (condition, otherwise) == ("Fargate", {"Ref": "AWS::NoValue"})
-    statements = {each["Action"][0]: each for each in policy["PolicyDocument"]["Statement"]}
+    statements = {each["Action"][0]: each for each in _conditional("Fargate")}
     anywhere = [each["Action"] for each in statements.values() if each["Resource"] == "*"]
     assert anywhere == [
         ["ecs:DescribeTaskDefinition", "ecs:ListTasks", "ecs:RegisterTaskDefinition"]
@@ -208,6 +231,56 @@ def test_programs_that_are_run_hand_their_role_on_to_tasks_of_a_stack_with_a_clu
     running = statements["ecs:RunTask"]["Condition"]
     assert running["ArnEquals"]["ecs:cluster"]["Fn::Sub"].endswith("cluster/${AWS::StackName}")
     assert running["StringEquals"] == {"aws:ResourceTag/cloudexec:stack": {"Ref": "AWS::StackName"}}
+
+
+def test_programs_that_are_run_start_and_end_only_instances_with_the_stacks_tag() -> None:
+    """They hand on the role of workers, and their own for the next attempt, to EC2 alone."""
+    statements = _conditional("Instances")
+    stack = {"Ref": "AWS::StackName"}
+    for statement in statements:
+        kinds = json.dumps(statement["Resource"])
+        if "ec2:RunInstances" in statement["Action"] and "instance/" in kinds:
+            condition = {"StringEquals": {"aws:RequestTag/cloudexec:stack": stack}}
+            assert statement["Condition"] == condition
+        if statement["Resource"] == "*":
+            verbs = {each.partition(":")[2] for each in statement["Action"]}
+            assert all(each.startswith(("Describe", "Get")) for each in verbs)
+    by_action = {each["Action"][0]: each for each in statements}
+    ending = {"StringEquals": {"aws:ResourceTag/cloudexec:stack": stack}}
+    assert by_action["ec2:TerminateInstances"]["Condition"] == ending
+    tagging = by_action["ec2:CreateTags"]["Condition"]["StringEquals"]["ec2:CreateAction"]
+    assert tagging == ["CreateFleet", "CreateLaunchTemplate", "RunInstances"]
+    passing = by_action["iam:PassRole"]
+    workers, own = passing["Resource"]
+    assert workers == {"Fn::GetAtt": ["WorkerRole", "Arn"]}
+    assert own["Fn::Sub"].endswith(":role/${AWS::StackName}-RunRole-*")
+    assert passing["Condition"] == {"StringEquals": {"iam:PassedToService": ["ec2.amazonaws.com"]}}
+
+
+def test_programs_that_are_run_make_and_call_functions_of_the_stack_only() -> None:
+    statements = _conditional("Lambda")
+    for statement in statements:
+        if statement["Resource"] == "*":
+            assert statement["Action"] == ["lambda:GetAccountSettings", "lambda:ListFunctions"]
+        elif statement["Action"][0].startswith("lambda:"):
+            assert statement["Resource"]["Fn::Sub"].endswith(":function:${AWS::StackName}-*")
+    (passing,) = (each for each in statements if each["Action"] == ["iam:PassRole"])
+    assert passing["Resource"] == {"Fn::GetAtt": ["FunctionRole", "Arn"]}
+    assert passing["Condition"] == {
+        "StringEquals": {"iam:PassedToService": ["lambda.amazonaws.com"]}
+    }
+
+
+def test_the_policies_of_the_role_of_runs_fit_into_it() -> None:
+    """10,240 characters without spaces, for a stack whose names are as long as they can be.
+
+    IAM User Guide, "IAM and AWS STS quotas".
+    """
+    policies = RESOURCES["RunRole"]["Properties"]["Policies"]
+    documents = [each["Fn::If"][1] if "Fn::If" in each else each for each in policies]
+    text = "".join(json.dumps(each["PolicyDocument"], separators=(",", ":")) for each in documents)
+    # Each name of a stack is longer than the reference to it, by 30 characters or less.
+    assert len(text) + 30 * text.count("AWS::StackName") < 10_240
 
 
 def test_security_group_lets_in_only_itself() -> None:

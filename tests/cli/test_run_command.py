@@ -300,7 +300,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_sent(
         (("job.py", "--cpus", "64"), "has no queue for ec2"),
         (("job.py", "--max-hours", "0.001"), "max_hours must be 0.0167 to 336"),
         (("job.py", "--max-cost", "0.0001"), "max_cost=$0.0001 is not enough for this machine"),
-        (("job.py", "--on", "moon"), "on must be batch or fargate, not 'moon'"),
+        (("job.py", "--on", "moon"), "on must be batch, ec2 or fargate, not 'moon'"),
         (("job.py", "--profile", "absent"), "there is no profile 'absent'"),
         (("job.py", "--image", "a", "--packages", "here"), "give either image or packages"),
     ):

@@ -15,7 +15,8 @@ import boto3
 import pytest
 from run_helpers import IMAGE, PYTHON, account, machine_here
 
-from cloudexec import ConfigError, Run, run_script
+import cloudexec
+from cloudexec import ConfigError, Run
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.policy import policy
 from cloudexec._aws.profile import Profile
@@ -148,12 +149,13 @@ def test_workers_of_executors_count_against_the_ceiling(
     assert "the ceiling of $0.0015 (--max-cost)" in said
 
 
-def test_workers_count_though_the_role_of_runs_may_not_look_at_the_cluster(
+def test_workers_count_though_the_role_of_runs_may_not_look_at_those_of_other_launchers(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
-    """That of a stack from before runs on Fargate may not; the rest of the cost is known."""
+    """That of a stack from before runs with them may not; the rest of the cost is known."""
     whole = Profile.load("default")
-    replace(whole, cluster="cloudexec-default").save()
+    roles = {"function_role": "arn:aws:iam::1:role/f", "instance_profile": "arn:aws:iam::1:x/i"}
+    replace(whole, cluster="cloudexec-default", **roles).save()
     (folder / "job.py").write_text(
         "from cloudexec import Batch, BatchExecutor\n"
         "with BatchExecutor(1, launcher=Batch()) as executor:\n"
@@ -176,7 +178,7 @@ def test_a_program_starts_finds_follows_and_deletes_runs(aws: FakeAWS, folder: P
         "pathlib.Path('out/a.txt').write_text('a')\n"
         "raise SystemExit(3)\n"
     )
-    run = run_script("job.py", ["x"], cpus=0.5, outputs=["out"], name="by-program")
+    run = cloudexec.run("job.py", ["x"], cpus=0.5, outputs=["out"], name="by-program")
     assert repr(run) == "Run('by-program', profile='default')"
     assert list(run.lines()) == ["up x"]
     assert run.wait(timeout=100) == 3
@@ -189,13 +191,13 @@ def test_a_program_starts_finds_follows_and_deletes_runs(aws: FakeAWS, folder: P
     with pytest.raises(ConfigError, match="there is no run 'by-program'"):
         Run.find("by-program")
     with pytest.raises(ConfigError, match=r"there is no file 'absent\.py'"):
-        run_script("absent.py")
+        cloudexec.run("absent.py")
     with pytest.raises(TypeError, match="cpu_count"):
-        run_script("job.py", cpu_count=3)
+        cloudexec.run("job.py", cpu_count=3)
 
 
 def test_a_program_stops_a_run(aws: FakeAWS, folder: Path) -> None:
-    run = run_script(args=["sleep", "600"])
+    run = cloudexec.run(args=["sleep", "600"])
     with pytest.raises(TimeoutError, match=r"is (running|starting|waiting|preparing) after 0 s"):
         run.wait(timeout=0)
     run.stop()

@@ -19,7 +19,8 @@ import boto3
 import pytest
 from run_helpers import account, asked, eventually, left_nothing
 
-from cloudexec import AwsError, ConfigError, Run, run_script
+import cloudexec
+from cloudexec import AwsError, ConfigError, Run
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
 from cloudexec._runs.plan import RunPlan, RunResult
@@ -119,7 +120,7 @@ def test_a_run_that_goes_on_is_not_taken_for_the_earlier_one(
     assert run_here("run", *words, "exit 5").returncode == 5
     aws.faults.list_lag(600.0)
     assert run_here("run", *words, "exit 6").returncode == 6
-    run = run_script(args=["sh", "-c", "exit 7"], name="again", resume=True)
+    run = cloudexec.run(args=["sh", "-c", "exit 7"], name="again", resume=True)
     assert run.wait(timeout=100) == 7
     assert Run.find("again").info().exit_code == 7
     aws.faults.clear()
@@ -191,7 +192,7 @@ def test_a_run_that_is_stopped_while_it_is_prepared_gets_no_machine(
     prepares = asked(aws, monkeypatch, "DescribeJobDefinitions", until=may_go_on)
     words = {"name": "unwanted", "env": {"A": "b"}}
     with ThreadPoolExecutor(1) as threads:
-        started = threads.submit(run_script, args=["sleep", "600"], **words)
+        started = threads.submit(cloudexec.run, args=["sleep", "600"], **words)
         assert prepares.wait(60)
         stopped = run_here("stop", "unwanted", "--yes")
         may_go_on.set()
@@ -209,7 +210,7 @@ def test_a_run_is_stopped_though_the_lists_of_aws_are_late(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
     aws.faults.list_lag(600.0)
-    run = run_script(args=["sleep", "600"], name="unlisted", env={"A": "b"})
+    run = cloudexec.run(args=["sleep", "600"], name="unlisted", env={"A": "b"})
     assert run_here("stop", "unlisted", "--yes").returncode == 0
     assert run.wait(timeout=100) == 143
     assert run.info().state == "stopped"
@@ -246,7 +247,7 @@ def submit_beside(job: Any, executor: str, run: str) -> str:
 def test_the_variables_of_a_run_stay_if_another_stacks_run_of_that_name_is_stopped(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
-    run = run_script(args=["sleep", "600"], name="shared", env={"A": "b"})
+    run = cloudexec.run(args=["sleep", "600"], name="shared", env={"A": "b"})
     mine = aws.jobs()[-1]
     theirs = submit_beside(mine, "run-shared", "other")
     assert run_here("stop", theirs, "--yes").returncode == 0
@@ -270,7 +271,7 @@ def test_runs_of_a_newer_release_do_not_hide_others(
 def test_workers_end_when_a_machine_dies_that_could_not_end_them(
     aws: FakeAWS, run_here: Command, folder: Path
 ) -> None:
-    run = run_script(args=["sleep", "600"], name="leaves-workers")
+    run = cloudexec.run(args=["sleep", "600"], name="leaves-workers")
     eventually(lambda: aws.jobs()[-1].status == "RUNNING")
     machine = aws.jobs()[-1]
     aws.faults.no_capacity()
@@ -294,7 +295,7 @@ def test_workers_that_an_earlier_attempt_has_left_end_with_the_next_one(
     aws: FakeAWS, folder: Path
 ) -> None:
     """Also if the program had ended before its machine was taken back."""
-    run = run_script(args=["sleep", "600"], name="taken-back", spot=True)
+    run = cloudexec.run(args=["sleep", "600"], name="taken-back", spot=True)
     eventually(lambda: aws.jobs()[-1].status == "RUNNING")
     machine = aws.jobs()[-1]
     queue = Profile.load("default").queues["fargate"]
@@ -384,7 +385,7 @@ def test_a_run_is_followed_again_when_aws_answers_again(
     aws: FakeAWS, run_here: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cloudexec._aws.clients._ATTEMPTS", 1)  # without the pauses of the SDK
-    run = run_script(args=["sh", "-c", "echo up"], name="cut-off")
+    run = cloudexec.run(args=["sh", "-c", "echo up"], name="cut-off")
     for operation in ("ListJobs", "GetObject", "DescribeJobs"):
         aws.faults.lose_response(operation)
     assert run.wait(timeout=100) == 0

@@ -62,6 +62,10 @@ def test_no_nodes_at_all_are_a_graph_too(executor: BatchExecutor) -> None:
     """Programs that collect nodes in a list may find none."""
     assert run([], executor, progress=True) == []
     assert run({}, executor) == {}
+    assert run(nodes=[], executor=executor) == []
+    # Without an executor, that would be the path of a program.
+    with pytest.raises(TypeError, match="no node of a graph in str 'text'"):
+        run("text", executor)
     assert len(Graph([])) == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from run_helpers import PYTHON, account
 
-from cloudexec import run_script
+import cloudexec
 from cloudexec._aws.image_contents import ImageSpec
 from cloudexec._aws.images import Engine
 from cloudexec._aws.profile import Profile
@@ -96,13 +96,13 @@ def test_a_program_runs_in_a_container_and_starts_workers_in_others(
     monkeypatch.chdir(tmp_path)
     Path("tasks.py").write_text("def square(n):\n    return n * n\n")
     Path("job.py").write_text(PROGRAM)
-    run = run_script("job.py", outputs=["out"])
+    run = cloudexec.run("job.py", outputs=["out"])
     lines = list(run.lines())
     assert run.wait(timeout=200) == 7, "\n".join(lines)
     assert "user 10001 below dumb-init" in lines
     assert "total 328350" in lines
     assert [each.read_text() for each in run.fetch()] == ["328350"]
-    run = run_script(args=["sleep", "600"])
+    run = cloudexec.run(args=["sleep", "600"])
     while run.info().state != "running":
         pass
     run.stop()

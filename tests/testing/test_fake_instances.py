@@ -29,11 +29,20 @@ def eventually(condition: Callable[[], Any], timeout: float = 30.0) -> Any:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAWS]:
-    """An AWS in which twenty minutes last two seconds, and one image that hangs."""
+    """An AWS in which twenty minutes last two seconds, and images of which one hangs."""
     stuck = tmp_path_factory.mktemp("stuck") / "python"
     stuck.write_text("#!/bin/sh\ntrap '' TERM\nsleep 600 & wait\nwait\n")
     stuck.chmod(0o755)
-    with FakeAWS(grace=1.0, speed=600.0, images={"stuck:*": str(stuck)}) as fake:
+    asks = stuck.with_name("asks")
+    asks.write_text(
+        "#!/bin/sh\n"
+        "url=$AWS_EC2_METADATA_SERVICE_ENDPOINT/latest\n"
+        'token=$(curl -sf -X PUT -H "X-aws-ec2-metadata-token-ttl-seconds: 60" $url/api/token)\n'
+        'curl -sf -H "X-aws-ec2-metadata-token: $token" $url/meta-data/instance-id > $ANSWER\n'
+    )
+    asks.chmod(0o755)
+    images = {"stuck:*": str(stuck), "asks:*": str(asks)}
+    with FakeAWS(grace=1.0, speed=600.0, images=images) as fake:
         yield fake
 
 
@@ -51,16 +60,20 @@ def client(tries: int = 10) -> Any:
     return boto3.client("ec2", config=config)
 
 
-def fleet(script: str, count: int = 1, tries: int = 10, **settings: Any) -> dict[str, Any]:
+def fleet(
+    script: str, count: int = 1, tries: int = 10, hops: int = 0, **settings: Any
+) -> dict[str, Any]:
     """Start instances; return the answer."""
     ec2 = client(tries)
+    data = {"MetadataOptions": {"HttpPutResponseHopLimit": hops}} if hops else {}
+    template = f"plain-{hops}"
     with contextlib.suppress(botocore.exceptions.ClientError):  # there is one already
         ec2.create_launch_template(
-            LaunchTemplateName="plain", LaunchTemplateData={"ImageId": IMAGE}
+            LaunchTemplateName=template, LaunchTemplateData={"ImageId": IMAGE, **data}
         )
     subnet = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
     specification = {
-        "LaunchTemplateName": "plain",
+        "LaunchTemplateName": template,
         "Version": "1",
         "LaunchTemplateSpecificationUserData": base64.b64encode(script.encode()).decode(),
     }
@@ -141,6 +154,24 @@ def test_docker_runs_containers_and_tells_how_they_ended(aws: FakeAWS) -> None:
     assert found.console.split()[-3:] == ["plain:1", "7", "false"]
     assert found.environment["A"] == "it is"
     assert found.exit_code == 7
+
+
+@pytest.mark.parametrize(
+    ("hops", "options", "answers"),
+    [(0, "", False), (1, "--network host", True), (2, "", True)],
+)
+def test_a_container_reaches_the_metadata_as_far_as_the_hop_limit_lets_it(
+    aws: FakeAWS, tmp_path: Path, hops: int, options: str, answers: bool
+) -> None:
+    """A network of its own is one hop more."""
+    answer = tmp_path / "answer"
+    run = f"docker run -d {options} -e ANSWER={answer} asks:1"
+    script = (
+        '[ -n "$again" ] || exec systemd-run --no-block --setenv=again=1 /bin/bash "$0"\n'
+        f"systemctl start docker; docker pull asks:1; {run}; docker wait asks; shutdown -h now\n"
+    )
+    found = ended(aws, fleet(script, hops=hops))
+    assert answer.read_text() == (found.instance_id if answers else "")
 
 
 def test_a_timer_of_the_script_ends_an_instance_that_hangs(aws: FakeAWS) -> None:

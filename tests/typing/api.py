@@ -13,6 +13,7 @@ from cloudexec import (
     Local,
     Node,
     OptionsView,
+    Run,
     Stage,
     TaskStory,
     run,
@@ -87,6 +88,7 @@ def use_graph(executor: BatchExecutor) -> None:
     node: Node[int] = total(values)
     number: int = node.run(executor, progress=True)
     again: int = run(node, executor.with_options(retries=1))
+    program: Run = run("train.py", ["--steps", "3"], cpus=4)
     graph = Graph({"sum": node, "all": [values]})
     everything = graph.run(executor, return_exceptions=True)
     direct: list[int] = read.function("path")
@@ -97,3 +99,4 @@ def use_graph(executor: BatchExecutor) -> None:
     print(
         spent, loaded, plain, number, again, everything, direct, names, graph.to_dot(by_stage=True)
     )
+    print(program.wait())

@@ -51,7 +51,8 @@ class EC2(AwsLauncher):
             memory runs again on the next larger one, ``("8GiB", "16GiB")``.
         gpus: NVIDIA GPUs of each instance.
         instance_types: Types that may be used, such as ``["c7i.large", "m7i.large"]``; by default
-            all of the current generation that have what is asked for, and at most twice the vCPUs.
+            all of the current generation that have what is asked for, and at most twice the vCPUs,
+            or twice those that come with so much memory.
         spot: Whether instances are Spot, cheaper, which AWS takes back with a notice of two
             minutes: ``"prefer"`` goes on demand after repeated reclaims or when there is none.
         arch: ``"x86_64"`` or ``"arm64"``.

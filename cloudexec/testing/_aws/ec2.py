@@ -150,6 +150,7 @@ class Ec2:
             fleet["Errors"] = [_error("InvalidParameterValue", message, spot, pools[0])]
             return fleet
         network = (template.get("NetworkInterfaces") or [{}])[0]
+        metadata = template.get("MetadataOptions") or {}
         for kind, subnet, zone in pools:
             while len(fleet["Instances"]) < count:
                 refusal = self._refusal(kind, zone, spot)
@@ -168,6 +169,7 @@ class Ec2:
                     role=role,
                     template=str(specification.get("LaunchTemplateName", "")),
                     public_ip=bool(network.get("AssociatePublicIpAddress")),
+                    hop_limit=int(metadata.get("HttpPutResponseHopLimit", 1)),
                 )
                 made = self._instances.launch(order, self._faults.start_delay(), fails=stops)
                 if self._faults.ec2.room is not None:
@@ -221,12 +223,13 @@ class Ec2:
         with self._instances.lock:
             for each in ids:
                 found = self._instances.all.get(each)
-                if found is None or found.launched_at > since:
+                if found is None or found.launched_at > since or found.is_forgotten:
                     raise _no_instance(each)
             listed = [
                 each
                 for each in self._instances.all.values()
                 if each.launched_at <= since
+                and not each.is_forgotten
                 and (not ids or each.id in ids)
                 and all(_fits(each, wanted) for wanted in given.get("Filters") or ())
                 and not self._faults.ec2.is_missing()
@@ -306,7 +309,7 @@ class Ec2:
         if len(ids) > 1000:
             raise ClientError("1000 instances are the most.", "InvalidParameterValue")
         for each in ids:
-            if each not in self._instances.all:
+            if each not in self._instances.all or self._instances.all[each].is_forgotten:
                 raise _no_instance(each)
         self._take("TerminateInstances", len(ids))
         found = [self._instances.all[each] for each in ids]
@@ -427,6 +430,8 @@ def _fits(instance: Instance, wanted: Mapping[str, Any]) -> bool:
         return name[4:] in tags and any(fnmatch.fnmatchcase(tags[name[4:]], v) for v in values)
     if name == "tag-key":
         return any(each in tags for each in values)
+    if name == "instance-id":
+        return instance.id in values
     if name == "instance-state-name":
         return instance.state in values
     if name == "vpc-id":

@@ -19,6 +19,12 @@ class Machines(Protocol):
     def vanish(self, instance: str) -> None:
         """See ``Ec2Faults.vanish``."""
 
+    def out_of_memory(self, instance: str) -> None:
+        """See ``Ec2Faults.out_of_memory``."""
+
+    def forget_ended(self) -> list[str]:
+        """See ``Faults.forget_ended``."""
+
 
 class Ec2Faults:
     """The faults of EC2 instances. Every method may be called from any thread, at any time.
@@ -96,6 +102,15 @@ class Ec2Faults:
         """Let the machine under an instance fail, without a notice."""
         assert self._machines is not None
         self._machines.vanish(instance)
+
+    def out_of_memory(self, instance: str) -> None:
+        """Kill the container of an instance, as the kernel does when memory runs out."""
+        assert self._machines is not None
+        self._machines.out_of_memory(instance)
+
+    def forget_ended(self) -> list[str]:
+        """Let DescribeInstances not know instances that have ended; return their ids."""
+        return [] if self._machines is None else self._machines.forget_ended()
 
     def failure(self) -> tuple[str, str]:
         """Return the error of this call of CreateFleet, and count it; an empty code: none."""

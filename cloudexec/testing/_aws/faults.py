@@ -280,10 +280,12 @@ class Faults:
     def forget_ended(self) -> list[str]:
         """Forget all jobs that have ended, as AWS may after seven days.
 
+        Tasks of Amazon ECS and EC2 instances, which it forgets after an hour, are forgotten, too.
+
         Returns:
-            The ids of the forgotten jobs; an array's id stands for its children.
+            The ids of the forgotten jobs and instances; an array's id stands for its children.
         """
-        return self._required_jobs().forget_ended()
+        return [*self._required_jobs().forget_ended(), *self.ec2.forget_ended()]
 
     # The API.
 

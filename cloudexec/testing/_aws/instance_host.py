@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cloudexec.testing._aws.faults import Faults
@@ -16,12 +16,17 @@ from cloudexec.testing._aws.runners import Runner, Running, StartError, StartReq
 __all__ = ["InstanceHost", "write_commands"]
 
 _TOKEN = "fake-metadata-token"
+_USUAL_STOP = 30.0
+"""Seconds that ``FakeAWS.grace`` stands for."""
+_CREDENTIALS_LAST = timedelta(hours=6)
 _OPTIONS_WITH_VALUE = (
     "--name",
     "--memory",
     "--shm-size",
     "--ulimit",
     "--gpus",
+    "--network",
+    "--stop-timeout",
     "--log-driver",
     "--log-opt",
     "-e",
@@ -74,6 +79,7 @@ class InstanceHost:
         faults: What goes wrong with images and starts.
         roles: Makes the credentials of their roles.
         job_environment: Variables that containers get besides those they are given.
+        address: The URL below which containers find the metadata service of their instance.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class InstanceHost:
         faults: Faults,
         roles: RoleKeys,
         job_environment: Mapping[str, str],
+        address: str,
     ) -> None:
         self._instances = instances
         self._runner = runner
@@ -92,6 +99,7 @@ class InstanceHost:
         self._faults = faults
         self._roles = roles
         self._job_environment = dict(job_environment)
+        self._address = address
 
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Answer a request to ``/machine/<instance>/...``: HTTP status and body."""
@@ -131,12 +139,15 @@ class InstanceHost:
                 at = datetime.fromtimestamp(instance.notice_until, UTC)
                 return json.dumps({"action": "terminate", "time": f"{at:%Y-%m-%dT%H:%M:%SZ}"})
             case _ if role and path == f"meta-data/iam/security-credentials/{role}":
+                now = datetime.now(UTC)
                 found = {
                     "Code": "Success",
+                    "LastUpdated": f"{now:%Y-%m-%dT%H:%M:%SZ}",
                     "Type": "AWS-HMAC",
                     "AccessKeyId": self._roles.key_of(order.role),
                     "SecretAccessKey": "fake/secret+of/a/role",
                     "Token": self._faults.token,
+                    "Expiration": f"{now + _CREDENTIALS_LAST:%Y-%m-%dT%H:%M:%SZ}",
                 }
                 return json.dumps(found, indent=2)
             case _:
@@ -216,7 +227,11 @@ class InstanceHost:
                 name=f"{instance.id}-worker",
                 image=image,
                 command=tuple(command),
-                environment={**self._job_environment, **environment},
+                environment={
+                    **self._job_environment,
+                    **self._metadata_of(instance, options),
+                    **environment,
+                },
                 vcpus=instance.order.kind.vcpus,
                 memory_mib=instance.order.kind.memory_mib,
             )
@@ -225,6 +240,8 @@ class InstanceHost:
             return 125, f"docker: Error response from daemon: {exc}"
         with self._instances.lock:
             instance.container = running
+            if stop := options.get("--stop-timeout"):
+                instance.stop_factor = float(stop[-1]) / _USUAL_STOP
             instance.environment = {
                 name: value for name, value in environment.items() if name != "CLOUDEXEC_KEY"
             }
@@ -232,6 +249,19 @@ class InstanceHost:
                 running.kill()
         self._instances.spawn(self._await, instance, running, logs)
         return 0, instance.id
+
+    def _metadata_of(
+        self, instance: Instance, options: Mapping[str, list[str]]
+    ) -> Mapping[str, str]:
+        """Return the variables by which a container finds the metadata service, if it reaches it.
+
+        The network of a container is one hop more. Amazon EC2 User Guide, "Configure the Instance
+        Metadata Service options", on the hop limit.
+        """
+        hops = 1 if "host" in options.get("--network", ()) else 2
+        if instance.order.hop_limit < hops:
+            return {"AWS_EC2_METADATA_DISABLED": "true"}
+        return {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"{self._address}/{instance.id}"}
 
     def _await(self, instance: Instance, running: Running, logs: Mapping[str, str]) -> None:
         """Wait for the end of a container."""

@@ -34,6 +34,7 @@ def _types() -> Iterator[InstanceType]:
         ("m7i.large", 2, 8, "x86_64", 0.1008, 0),
         ("m7i.xlarge", 4, 16, "x86_64", 0.2016, 0),
         ("r6i.large", 2, 16, "x86_64", 0.126, 0),
+        ("r6i.xlarge", 4, 32, "x86_64", 0.252, 0),
         ("c7g.medium", 1, 2, "arm64", 0.0363, 0),
         ("c7g.large", 2, 4, "arm64", 0.0725, 0),
         ("m7g.large", 2, 8, "arm64", 0.0816, 0),

@@ -67,6 +67,8 @@ class Order:
     """ARN of the role of its instance profile."""
     template: str
     public_ip: bool
+    hop_limit: int
+    """How many networks an answer with a token of the metadata service may cross."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +92,11 @@ class Instance:
     pulled: set[str] = field(default_factory=set)
     environment: dict[str, str] = field(default_factory=dict)
     """Of the container, without its key."""
+    stop_factor: float = 1.0
+    """How much longer its container has than usual, when the system shuts down."""
     console: bytes = b""
+    is_forgotten: bool = False
+    """Whether DescribeInstances does not know it any more."""
 
     @property
     def ended(self) -> bool:
@@ -207,7 +213,7 @@ class Instances:
             if instance.ended:
                 return
             instance.state, instance.reason = "shutting-down", reason
-            grace = self._timing.grace if grace is None else grace
+            grace = self._timing.grace * instance.stop_factor if grace is None else grace
             if instance.container is not None and grace > 0:
                 instance.container.terminate()
                 self._timers.later(grace, lambda: self._end(instance, reason))
@@ -252,6 +258,22 @@ class Instances:
         """See ``Ec2Faults.vanish``."""
         with self.lock:
             self.shut_down(self.all[instance], "fault", grace=0.0)
+
+    def out_of_memory(self, instance: str) -> None:
+        """See ``Ec2Faults.out_of_memory``."""
+        with self.lock:
+            container = self.all[instance].container
+            if container is None:
+                raise ValueError(f"{instance} has no container that runs")
+            container.out_of_memory()
+
+    def forget_ended(self) -> list[str]:
+        """See ``Faults.forget_ended``."""
+        with self.lock:
+            ended = [each for each in self.all.values() if each.ended and not each.is_forgotten]
+            for each in ended:
+                each.is_forgotten = True
+            return [each.id for each in ended]
 
     def records(self) -> list[InstanceRecord]:
         """Return the state of all instances, in the order of their start."""

@@ -51,6 +51,7 @@ from cloudexec.testing._aws.wire import Call, Response
 
 __all__ = ["Session", "check_region"]
 
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _TRUSTED = {"instance": "ec2", "function": "lambda"}
 """By role that ``set_up`` makes: the service that has it, if it is not Amazon ECS."""
 
@@ -203,7 +204,13 @@ class Session:
             logs=logs,
             faults=owner.faults,
             roles=roles,
-            job_environment=self._job_environment(port),
+            # Their credentials come from the metadata service, if from anywhere.
+            job_environment={
+                name: value
+                for name, value in self._job_environment(port).items()
+                if name not in _CREDENTIALS or name in owner.job_environment
+            },
+            address=f"http://{self.host_for_jobs}:{port}/machine",
         )
         self._machines = Ec2(self.instances, owner.faults, max_running=owner.max_running)
         networks = Networks(owner.region, owner.zones)
