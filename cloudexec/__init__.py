@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from cloudexec._objects.options import ObjectOptions
     from cloudexec._objects.ref import Ref
     from cloudexec._run import run
-    from cloudexec._runs.run import Run
+    from cloudexec._runs.run import Run, run_script
     from cloudexec._stats import ExecutorStats, SizeCounts, TaskCounts, WorkerCounts
     from cloudexec._story import StoryEvent, TaskStory
 
@@ -103,6 +103,7 @@ __all__ = [
     "WorkerCounts",
     "WorkerLostError",
     "run",
+    "run_script",
     "stage",
 ]
 
@@ -121,7 +122,7 @@ _LATER = {
     "_objects.options": ("ObjectOptions",),
     "_objects.ref": ("Ref",),
     "_run": ("run",),
-    "_runs.run": ("Run",),
+    "_runs.run": ("Run", "run_script"),
     "_stats": ("ExecutorStats", "SizeCounts", "TaskCounts", "WorkerCounts"),
     "_story": ("StoryEvent", "TaskStory"),
 }

@@ -66,9 +66,9 @@ def run(*given: Any, **options: Any) -> Any:
     target = given[0] if given else options.get("target", "")
     has_executor = "executor" in options or any(hasattr(each, "submit") for each in given[1:])
     if isinstance(target, str | os.PathLike) and not has_executor and "nodes" not in options:
-        from cloudexec._runs.run import start_run
+        from cloudexec._runs.run import run_script
 
-        return start_run(*given, **options)
+        return run_script(*given, **options)
     from cloudexec._graph import run_nodes
 
     return run_nodes(*given, **options)

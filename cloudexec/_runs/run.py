@@ -1,4 +1,4 @@
-"""``start_run`` and ``Run``: runs for programs that block."""
+"""``run_script`` and ``Run``: runs for programs that block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cloudexec._runs.info import RunInfo
 from cloudexec._runs.places import MachineRequest
 from cloudexec._runs.runs import AsyncRuns, RunRequest
 
-__all__ = ["Run", "RunsClient", "make_request", "profile_name", "start_run"]
+__all__ = ["Run", "RunsClient", "make_request", "profile_name", "run_script"]
 
 _logger = Log()
 _T = TypeVar("_T")
@@ -381,14 +381,29 @@ def looks(
         pause(_POLL)
 
 
-def start_run(
+def run_script(
     target: str | os.PathLike[str] = "",
     args: Sequence[str] = (),
     *,
     profile: str | None = None,
     **options: Any,
 ) -> Run:
-    """Start a program on one machine in AWS; see ``cloudexec.run``."""
+    """Start a program on one machine in AWS: what ``cloudexec.run`` does with a path.
+
+    Args:
+        target: As for ``cloudexec.run``.
+        args: Arguments of the program.
+        profile: Name of the profile; by default what ``CLOUDEXEC_PROFILE`` says, or ``"default"``.
+        options: As for ``cloudexec.run``.
+
+    Returns:
+        The run, which goes on by itself.
+
+    Raises:
+        ConfigError: If it cannot be run as it is wanted.
+        AwsError: If AWS refuses, or cannot be reached.
+        LaunchError: If the image cannot be made.
+    """
     request = make_request(target, args, **options)
     client = RunsClient(profile)
     try:
@@ -404,4 +419,4 @@ def _silent(line: str) -> None:
     pass
 
 
-Run.__module__ = "cloudexec"
+Run.__module__ = run_script.__module__ = "cloudexec"
