@@ -28,6 +28,7 @@ from cloudexec import _main, _payload
 from cloudexec._core.tasks import FunctionStats
 from cloudexec._describing import attribute_of, is_interrupt
 from cloudexec._fingerprints import Fingerprint, lookup, travels_by_value
+from cloudexec._module_state import ModuleState
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
 from cloudexec._payload import Unfinished
@@ -130,10 +131,16 @@ class FunctionTable:
             more, in the thread that dropped the last reference.
         store: Keeps large pieces of callables and arguments.
         is_near: Whether workers are on this machine.
+        modules: What the user's own modules have.
     """
 
     def __init__(
-        self, on_end: Callable[[int], None], store: BlobStore, *, is_near: bool = False
+        self,
+        on_end: Callable[[int], None],
+        store: BlobStore,
+        *,
+        is_near: bool = False,
+        modules: ModuleState | None = None,
     ) -> None:
         self._store = store
         self._on_end = on_end
@@ -147,7 +154,9 @@ class FunctionTable:
         self._known: OrderedDict[int, tuple[Any, Function, Any, Any]] = OrderedDict()
         self._unstable: dict[CodeType, int] = {}
         self._kinds: dict[Any, FunctionStats] = {}
-        self._script = Script(self._define, store, is_near=is_near)
+        self._script = Script(
+            self._define, store, is_near=is_near, modules=modules or ModuleState()
+        )
         self._rest: tuple[tuple[Function, ...], Function | None] = ((), None)
 
     def _define(

@@ -29,6 +29,7 @@ __all__ = [
     "fill_class",
     "fill_enum",
     "function",
+    "hooked",
     "instances_in",
     "make_class",
     "make_enum",
@@ -42,6 +43,9 @@ NAMED = frozenset({FunctionType, type, type(functools.lru_cache(len))})
 _LOOKED_AT = 10_000
 NAMES = frozenset({"__main__", "__mp_main__"})
 """Names of the script's module, in a program and in a process that ``multiprocessing`` spawned."""
+hooked = set(NAMES)
+"""Modules whose metaclasses and ``__init_subclass__`` do not run when a class is made from a
+pickle, as their effects are sent."""
 _ABSENT = object()
 
 
@@ -170,18 +174,18 @@ def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:
 
 
 def _maker(meta: type) -> type:
-    """Return the nearest base of a metaclass that the script has not defined."""
-    return next(each for each in meta.__mro__ if each.__module__ not in NAMES)
+    """Return the nearest base of a metaclass whose effects are not sent."""
+    return next(each for each in meta.__mro__ if each.__module__ not in hooked)
 
 
 @contextlib.contextmanager
 def _no_hooks(bases: tuple[type, ...]) -> Iterator[None]:
-    """Disable the script's ``__init_subclass__`` while a class is made."""
+    """Disable each ``__init_subclass__`` whose effects are sent while a class is made."""
     hooks = {
         each: vars(each)["__init_subclass__"]
         for base in bases
         for each in base.__mro__
-        if each.__module__ in NAMES and "__init_subclass__" in vars(each)
+        if each.__module__ in hooked and "__init_subclass__" in vars(each)
     }
     try:
         for each in hooks:

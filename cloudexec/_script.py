@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import cloudpickle
 
-from cloudexec import _main
+from cloudexec import _main, _module_state
 from cloudexec._anew import reduce_anew
 from cloudexec._annotations import annotations_of, names_in
 from cloudexec._describing import describe, is_interrupt
@@ -97,20 +97,35 @@ class _DefinitionPickler(Pickler):
         file: The file that the pickle is written to.
         own: Names of the globals that are pickled by value.
         shared: Names of all globals that must not be copied, by the id of their object.
+        modules: The objects of the user's own modules that are pickled as their places.
+        values: The objects that are pickled by value.
     """
 
     marks = False
 
-    def __init__(self, file: Collector, own: frozenset[str], shared: dict[int, str]) -> None:
+    def __init__(
+        self,
+        file: Collector,
+        own: frozenset[str],
+        shared: dict[int, str],
+        modules: _module_state.ModuleState,
+        values: list[Any],
+    ) -> None:
         super().__init__(file, protocol=5, buffer_callback=file.take_buffer)
         self.names = set()
         self.links: set[str] = set()
         self._own = own
         self._shared = shared
+        self._modules = modules
+        self._values = values
 
     def persistent_id(self, obj: Any) -> Any:
         name = self._shared.get(id(obj))
-        if name is None or name in self._own:
+        if name is None:
+            if id(obj) not in self._modules.places or any(obj is each for each in self._values):
+                return None
+            return self._modules.find(obj)
+        if name in self._own:
             return None
         self.links.add(name)
         return name
@@ -206,6 +221,7 @@ class Script(Generic[F]):
         store: Keeps large pieces of pickles.
         is_near: Whether workers are on this machine, and so may run the script once more for
             globals that cannot be sent.
+        modules: What the user's own modules have.
     """
 
     def __init__(
@@ -214,10 +230,13 @@ class Script(Generic[F]):
         store: BlobStore,
         *,
         is_near: bool,
+        modules: _module_state.ModuleState,
     ) -> None:
         self._make = make
         self._store = store
         self._is_near = is_near
+        self._modules = modules
+        self._of_modules: tuple[F, ...] | None = None
         self._lock = threading.RLock()
         self._globals: dict[str, _Global] = {}
         self._by_value: Any = None
@@ -269,8 +288,27 @@ class Script(Generic[F]):
                     then.get(name, _ABSENT) is not value for name, value in now.items()
                 ):
                     self._shared_now = None
-                    self._rest = self._needs(now, _Small, {})
+                    if self._of_modules is None:
+                        self._of_modules = tuple(self._given_to_modules())
+                    self._rest = (*self._needs(now, _Small, {}), *self._of_modules)
             return self._rest
+
+    def _given_to_modules(self) -> Iterator[F]:
+        """Yield what sets, in the user's own modules, what they have of the script."""
+        for place in self._modules.of_script:
+            each = _Global(frozenset((".".join(place),)))
+            found: dict[str, _Global] = {}
+            try:
+                value = _module_state.at(*place)
+                sent = _module_state.OfScript(place, value)
+                self._pickle_into(each, _Small, {"": sent}, [value])
+                yield from self._needs(each.uses | each.links, _Small, found)
+                if each.links.issubset(found):
+                    yield self._number(each, found, {})
+            except Exception as exc:
+                if is_interrupt(exc):
+                    raise
+                _logger.debug("%s is not as in the client: %s", ".".join(place), describe(exc))
 
     def _needs(
         self, names: Iterable[str], collector: type[Collector], found: dict[str, _Global]
@@ -369,17 +407,10 @@ class Script(Generic[F]):
             # Metaclasses and base classes come first, as they may refer to the classes made of
             # them.
             values = dict(sorted(values.items(), key=lambda item: _depth(item[1])))
-        file = collector(self._store)
-        pickler = _DefinitionPickler(file, each.names, self._shared(values))
-        pickled = file.pickle(pickler, values)
-        assert pickler.names is not None
-        if not _is_same(pickled, each.pickled):
-            if each.pickled is not None:
-                _logger.debug("%s has changed and is sent again", ", ".join(sorted(each.names)))
-            each.pickled, each.function = pickled, None
-        for value in values.values():
-            pickler.names.update(_names_in_annotations(value))
-        each.uses, each.links = pickler.names - each.names, pickler.links - each.names
+        sent = values
+        if self._modules.places:
+            sent = {name: self._modules.reference(value) for name, value in values.items()}
+        self._pickle_into(each, collector, sent, list(values.values()))
         watch: list[tuple[str, Definition | _Same]] = []
         stable = len(values) == len(each.names)
         try:
@@ -391,9 +422,25 @@ class Script(Generic[F]):
             stable = False
         each.watch = watch if stable else None
 
-    def _shared(self, values: dict[str, Any]) -> dict[int, str]:
+    def _pickle_into(
+        self, each: _Global, collector: type[Collector], sent: object, values: list[Any]
+    ) -> None:
+        """Pickle values of the script, and note to which globals these refer."""
+        file = collector(self._store)
+        pickler = _DefinitionPickler(file, each.names, self._shared(values), self._modules, values)
+        pickled = file.pickle(pickler, sent)
+        assert pickler.names is not None
+        if not _is_same(pickled, each.pickled):
+            if each.pickled is not None:
+                _logger.debug("%s has changed and is sent again", ", ".join(sorted(each.names)))
+            each.pickled, each.function = pickled, None
+        for value in values:
+            pickler.names.update(_names_in_annotations(value))
+        each.uses, each.links = pickler.names - each.names, pickler.links - each.names
+
+    def _shared(self, values: list[Any]) -> dict[int, str]:
         """Return the names of globals whose objects must not be copied, by the objects' ids."""
-        if all(isinstance(value, _ALONE) for value in values.values()):
+        if all(isinstance(value, _ALONE) for value in values):
             return {}
         if self._shared_now is None:
             self._shared_now = {}

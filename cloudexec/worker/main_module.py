@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from cloudexec import _main, _payload
+from cloudexec import _main, _module_state, _payload
 
 __all__ = ["Definition", "MainModule", "ResultPickler"]
 
@@ -64,6 +64,8 @@ class _Unpickler(pickle.Unpickler):
     """Looks up what a definition refers to in the module."""
 
     def persistent_load(self, name: Any) -> Any:
+        if isinstance(name, tuple):  # an object that a module of the user's own has
+            return _module_state.take(name, b"")
         return _main.namespace()[name]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _logs, _nesting, _payload, _records, _settings, _sharing
+from cloudexec import _logs, _module_state, _nesting, _payload, _records, _settings, _sharing
 from cloudexec._anew import set_process_number
 from cloudexec._describing import describe, if_not_found, is_a
 from cloudexec._errors import NestingError, PayloadError
@@ -206,6 +206,7 @@ class Slot:
             setattr(sys, f"__{name}__", text)
         forwarded = bool(setup["inheritance"].get("logging"))
         _settings.apply(bytes.fromhex(setup["settings"]), handlers=not forwarded)
+        _module_state.apply(bytes.fromhex(setup["inheritance"].get("modules", "")))
 
     def _on_initializer(self, number: int, body: bytes) -> None:
         try:

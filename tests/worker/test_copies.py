@@ -77,8 +77,10 @@ def test_installed_modules_of_the_client_are_there_and_the_settings_of_these(
 
 
 def test_the_own_modules_of_the_program_are_imported_anew(tmp_path: Path) -> None:
-    """As in a worker elsewhere: what the program has set in them is not there."""
-    (tmp_path / "mine.py").write_text("value, where = 1, __import__('os').getpid()\n")
+    """As in a worker elsewhere: with what the program has set in them, but without its objects."""
+    (tmp_path / "mine.py").write_text(
+        "import os\nvalue = 1\ndef where(pid=os.getpid()): return pid\n"
+    )
     found = run_script(
         tmp_path,
         """
@@ -91,14 +93,14 @@ def test_the_own_modules_of_the_program_are_imported_anew(tmp_path: Path) -> Non
         def look():
             had = "mine" in sys.modules
             import mine as here
-            return "numpy" in sys.modules, here.value, here.where == os.getpid()
+            return "numpy" in sys.modules, here.value, here.where() == os.getpid()
 
         if __name__ == "__main__":
             with BatchExecutor(1) as executor:
                 print(executor.submit(look).result())
         """,
     )
-    assert found == ["(True, 1, True)"]
+    assert found == ["(True, 2, True)"]
 
 
 def test_nothing_of_the_client_is_finished_off_in_a_worker(tmp_path: Path) -> None:
