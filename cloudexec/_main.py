@@ -35,6 +35,7 @@ __all__ = [
     "make_enum",
     "name_of",
     "namespace",
+    "shared_cells",
     "way_to_script",
 ]
 
@@ -47,6 +48,7 @@ hooked = set(NAMES)
 """Modules whose metaclasses and ``__init_subclass__`` do not run when a class is made from a
 pickle, as their effects are sent."""
 _ABSENT = object()
+_ATOMS = frozenset({bool, bytes, complex, float, int, str, types.NoneType})
 
 
 def namespace() -> dict[str, Any]:
@@ -76,6 +78,27 @@ def name_of(obj: Any) -> str | None:
 def function(code: CodeType, closure: tuple[CellType, ...] | None) -> FunctionType:
     """Make a function that shares the globals of the script."""
     return FunctionType(code, namespace(), None, None, closure)
+
+
+def shared_cells(
+    fn: FunctionType, empty: tuple[CellType, ...] | None
+) -> tuple[CellType, ...] | None:
+    """Return what a function's closure is made from: cells that others may share, or empty ones.
+
+    Functions that share a variable which one of them assigns to must go on sharing it. Other values
+    are set later, as they may refer to the function. They are shared themselves.
+    """
+    if not empty:
+        return empty
+    pairs = zip(fn.__closure__ or (), empty, strict=True)
+    return tuple(cell if _holds_atom(cell) else other for cell, other in pairs)
+
+
+def _holds_atom(cell: CellType) -> bool:
+    try:
+        return type(cell.cell_contents) in _ATOMS
+    except ValueError:
+        return False  # it is empty
 
 
 def make_class(

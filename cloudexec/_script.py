@@ -40,6 +40,7 @@ from cloudexec._errors import PayloadError
 from cloudexec._fingerprints import Definition, Unstable, lookup
 from cloudexec._payload import INLINE_BYTES, Collector, Pickler
 from cloudexec._records import Composed, Payload
+from cloudexec._shared_state import shared_by
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import BlobStore
@@ -244,6 +245,7 @@ class Script(Generic[F]):
         self._answers: dict[frozenset[str], _Answer] = {}
         self._snapshot = _Snapshot([])
         self._shared_now: dict[int, str] | None = None
+        self._picklers: dict[_Global, _DefinitionPickler] = {}
 
     def needs(self, names: frozenset[str]) -> tuple[F, ...]:
         """Return what a task is to have that refers to some globals, as they are now.
@@ -269,7 +271,10 @@ class Script(Generic[F]):
                     return needs
             found: dict[str, _Global] = {}
             self._shared_now = None
-            needs = self._needs(names, Collector, found)
+            try:
+                needs = self._needs(names, Collector, found)
+            finally:
+                self._picklers.clear()
             if len(self._answers) >= _ANSWERS_KEPT:
                 self._answers.clear()
             known = tuple({each: each.function for each in found.values()}.items())
@@ -291,6 +296,7 @@ class Script(Generic[F]):
                     if self._of_modules is None:
                         self._of_modules = tuple(self._given_to_modules())
                     self._rest = (*self._needs(now, _Small, {}), *self._of_modules)
+                    self._picklers.clear()
             return self._rest
 
     def _given_to_modules(self) -> Iterator[F]:
@@ -328,9 +334,10 @@ class Script(Generic[F]):
             for own in each.names:
                 found[own] = each
             waiting += [(other, name) for other in (*each.uses, *each.links)]
-        circle = _circle(found)
+        # Of a circle, each would have to be sent before the others. Of those that share an object,
+        # each would get a copy. So they are sent as one.
+        circle = _circle(found) or self._sharing(found)
         if circle:
-            # Each of these would have to be sent before the others, so they are sent as one.
             joint = _Global(circle)
             for name in circle:
                 self._globals[name] = joint
@@ -340,6 +347,20 @@ class Script(Generic[F]):
         for each in found.values():
             self._number(each, found, numbered)
         return tuple(numbered.values())
+
+    def _sharing(self, found: dict[str, _Global]) -> frozenset[str]:
+        """Return the names of globals that share an object which is none itself, or an empty set.
+
+        Only globals that were pickled just now are looked at: the others cannot change.
+        """
+        new = set(found.values())
+        globals_ = [each for each in self._picklers if each in new]
+        if len(globals_) < 2 or not any(each.function is None for each in globals_):
+            return frozenset()
+        pair = shared_by([self._picklers[each] for each in globals_])
+        if pair is None:
+            return frozenset()
+        return globals_[pair[0]].names | globals_[pair[1]].names
 
     def _number(self, each: _Global, found: dict[str, _Global], numbered: dict[_Global, F]) -> F:
         """Number a global, behind those that it refers to."""
@@ -429,6 +450,7 @@ class Script(Generic[F]):
         file = collector(self._store)
         pickler = _DefinitionPickler(file, each.names, self._shared(values), self._modules, values)
         pickled = file.pickle(pickler, sent)
+        self._picklers[each] = pickler
         assert pickler.names is not None
         if not _is_same(pickled, each.pickled):
             if each.pickled is not None:

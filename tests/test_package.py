@@ -160,8 +160,10 @@ MAY_IMPORT = {
         "_objects",
         "_payload",
         "_records",
+        "_shared_state",
         "_unsendable",
     },
+    "_shared_state": {"_fingerprints"},
     "_unsendable": {"_fingerprints", "_payload", "_sharing"},
     "_fingerprints": {"_main"},
     "_functions": {

@@ -1,0 +1,70 @@
+"""Small things that a program takes for granted with a process pool, all in one script."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_PROGRAM = """
+import multiprocessing as mp, pickle, sqlite3, sys, threading
+from cloudexec import BatchExecutor
+
+local = threading.local()
+local.depth, local.connection = 3, sqlite3.connect(":memory:")
+
+class Outer:
+    class Inner:
+        count = 0
+
+def of_this_thread():
+    return local.depth, hasattr(local, "connection")
+
+def nested():
+    Outer.Inner.count += 1
+    pickled = pickle.dumps(Outer.Inner())
+    return repr(Outer.Inner), type(pickle.loads(pickled)) is Outer.Inner, Outer.Inner()
+
+def streams():
+    return sys.stdout.name, sys.stdout.mode, sys.stderr.name, sys.stdout.buffer.mode
+
+def put(queue, lock, value):
+    with lock:
+        queue.put(value)
+
+if __name__ == "__main__":
+    with BatchExecutor(1, preload=sys.argv[1] == "copy") as executor:
+        print(executor.submit(of_this_thread).result())
+        *rest, made = executor.submit(nested).result()
+        print(rest, type(made) is Outer.Inner, made.count)
+        print(executor.submit(Outer.Inner).result().count)
+        print(executor.submit(streams).result())
+        with mp.Manager() as manager:
+            queue = manager.Queue()
+            # Nobody but the call refers to the lock.
+            executor.submit(put, queue, manager.Lock(), 5).result()
+            list(executor.map(put, [queue], [manager.Lock()], [6]))
+            print(queue.get(), queue.get())
+"""
+
+
+@pytest.mark.parametrize("way", ["copy", "fresh"])
+def test_small_things_are_as_in_a_process_pool(tmp_path: Path, way: str) -> None:
+    """Data in thread locals, nested classes, names of streams, proxies that only a call has."""
+    (tmp_path / "program.py").write_text(_PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "program.py", way],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.splitlines() == [
+        "(3, False)",
+        "[\"<class '__main__.Outer.Inner'>\", True] True 0",
+        "0",
+        "('<stdout>', 'w', '<stderr>', 'wb')",
+        "5 6",
+    ], done.stderr[-3000:]
