@@ -14,7 +14,7 @@ import runpy
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "Again",
     "fill_class",
     "fill_enum",
+    "former",
     "function",
     "hooked",
     "instances_in",
@@ -101,6 +102,42 @@ def _holds_atom(cell: CellType) -> bool:
         return False  # it is empty
 
 
+class Former:
+    """The script as it was when this process was copied from the client.
+
+    Attributes:
+        space: The script's globals; empty if this process is no copy.
+    """
+
+    def __init__(self) -> None:
+        self.space: dict[str, Any] = {}
+        self._taken: set[type] = set()
+
+    def take(self, qualname: str, meta: type, bases: tuple[type, ...]) -> type | None:
+        """Return a class that is to become the client's of this name, if the script has it.
+
+        Libraries that the client has told of a class know this one, and no other.
+        """
+        first, *rest = qualname.split(".")
+        found = self.space.get(first)
+        for name in rest:
+            found = vars(found).get(name) if isinstance(found, type) else None
+        if not isinstance(found, type) or found in self._taken:
+            return None
+        if type(found) is not meta or found.__bases__ != bases or found.__module__ not in NAMES:
+            return None
+        self._taken.add(found)
+        return found
+
+
+former = Former()
+
+
+def _slots(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    slots = content.get("__slots__")
+    return slots if slots is None else (slots,) if isinstance(slots, str) else tuple(slots)
+
+
 def make_class(
     meta: type,
     name: str,
@@ -120,8 +157,11 @@ def make_class(
     known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
     if known is not None:
         return known  # type: ignore[no-any-return]
-    maker: Any = _maker(meta)
     resolved = types.resolve_bases(bases)
+    found = former.take(content.get("__qualname__", name), meta, resolved)
+    if found is not None and _slots(vars(found)) == _slots(content):
+        return track._lookup_class_or_track(tracker, found)  # type: ignore[no-any-return]
+    maker: Any = _maker(meta)
     with _no_hooks(resolved):
         if maker is meta:
             return track._make_skeleton_class(  # type: ignore[no-any-return]
@@ -150,6 +190,11 @@ def make_enum(
     known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
     if known is not None:
         return known  # type: ignore[no-any-return]
+    found: Any = former.take(qualname, meta, bases)
+    if found is not None and [(key, each.value) for key, each in found.__members__.items()] == [
+        (key, value) for key, _, value in members
+    ]:
+        return track._lookup_class_or_track(tracker, found)  # type: ignore[no-any-return]
     maker: Any = _maker(meta)
     turns = iter(members)
 
@@ -162,8 +207,8 @@ def make_enum(
 
     content = maker.__prepare__(name, bases)
     head = {"__module__": module, "__qualname__": qualname, "__new__": __new__}
-    for word, found in {**head, "__init__": lambda *_: None}.items():
-        content[word] = found
+    for word, each in {**head, "__init__": lambda *_: None}.items():
+        content[word] = each
     for key, _plain, each in members:
         content[key] = enum.member(each)
     with _no_hooks(bases):

@@ -1,7 +1,8 @@
 """``__main__`` in a process that runs tasks: a mirror of the client's script.
 
-It begins empty. Definitions of the script that tasks need are bound in it as the client sends them.
-They stay, with all changes that tasks make, until the client sends another one of the same name.
+It begins empty, or in a copy of the client as the script was when that was copied. Definitions of
+the script that tasks need are bound in it as the client sends them. They stay, with all changes
+that tasks make, until the client sends another one of the same name.
 """
 
 from __future__ import annotations
@@ -18,18 +19,26 @@ from cloudexec import _main, _module_state, _payload
 __all__ = ["Definition", "MainModule", "ResultPickler"]
 
 
+_ABSENT = object()
+_OF_A_RUN = ("__cached__", "__file__")
+"""Attributes of the script's module that are not those of a new module."""
+
+
 class _Main(ModuleType):
     """The module. Modules that the script imports, and no task names, are imported when used."""
 
-    __slots__ = ("_late",)
-    _late: dict[str, Callable[[], None]]
+    __slots__ = ()  # so that a module of the usual class can become one of this
 
     def __getattr__(self, name: str) -> Any:
-        bind = self._late.pop(name, None)
+        bind = _late.pop(name, None)
         if bind is None:
             raise AttributeError(f"module '__main__' has no attribute {name!r}")
         bind()
         return self.__dict__[name]
+
+
+_late: dict[str, Callable[[], None]] = {}
+"""What binds names to modules that are imported when they are used."""
 
 
 class Definition:
@@ -78,15 +87,25 @@ class MainModule:
     """
 
     def __init__(self, attributes: dict[str, Any]) -> None:
-        self.module = _Main("__main__")
-        self.module._late = {}
+        self._before = sys.modules["__main__"]  # kept alive, as its functions may still run
+        former = vars(self._before).get("__former__")
+        if former is None:
+            self.module = _Main("__main__")
+            self._inherited: dict[str, Any] = {}
+        else:
+            former.__class__ = _Main
+            self.module = former
+            for name in _OF_A_RUN:
+                vars(former).pop(name, None)
+            vars(former).update(vars(ModuleType("__main__")))
+            # Kept alive, as a finalizer would remove what belongs to the client.
+            self._inherited = _main.former.space = dict(vars(former))
         vars(self.module).update(attributes)
         self.module.__dict__.setdefault("__builtins__", __builtins__)
         self.generation = 0
         self.bound: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}  # by name: the number of the definition that is bound
         self._tried: set[int] = set()
-        self._before = sys.modules["__main__"]  # kept alive, as its functions may still run
         sys.modules["__main__"] = sys.modules["__mp_main__"] = self.module
 
     def bind_all(self, number: int, definitions: Iterable[Definition]) -> None:
@@ -101,7 +120,7 @@ class MainModule:
         self._tried.add(number)
         for each in definitions:
             if each.module and each.module not in sys.modules:
-                self.module._late[each.names[0]] = functools.partial(self.bind, each)
+                _late[each.names[0]] = functools.partial(self.bind, each)
                 continue
             try:
                 self.bind(each)
@@ -121,14 +140,16 @@ class MainModule:
         space = vars(self.module)
         values: dict[str, Any] | None = None
         for name in names:
-            if name not in numbers and name in space:
+            if name not in numbers and space.get(name, _ABSENT) is not self._inherited.get(
+                name, _ABSENT
+            ):
                 # An initializer or a task has bound the name before the client sent it: keep that.
                 numbers[name] = number
                 continue
             if values is None:
                 values = definition.load()
             numbers[name] = number
-            self.module._late.pop(name, None)
+            _late.pop(name, None)
             if name in values:
                 self.bound[name] = space[name] = values[name]
         self.generation += 1
