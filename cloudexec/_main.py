@@ -31,6 +31,7 @@ __all__ = [
     "former",
     "function",
     "hooked",
+    "is_defined_only",
     "instances_in",
     "make_class",
     "make_enum",
@@ -162,16 +163,53 @@ def make_class(
     if found is not None and _slots(vars(found)) == _slots(content):
         return track._lookup_class_or_track(tracker, found)  # type: ignore[no-any-return]
     maker: Any = _maker(meta)
-    with _no_hooks(resolved):
-        if maker is meta:
-            return track._make_skeleton_class(  # type: ignore[no-any-return]
-                meta, name, bases, content, tracker, extra
-            )
-        if resolved is not bases:
-            content = {**content, "__orig_bases__": bases}
-        made: Any = maker.__new__(meta, name, resolved, content)
-        maker.__init__(made, name, resolved, content)
+    try:
+        with _no_hooks(resolved):
+            if maker is meta:
+                return track._make_skeleton_class(  # type: ignore[no-any-return]
+                    meta, name, bases, content, tracker, extra
+                )
+            if resolved is not bases:
+                content = {**content, "__orig_bases__": bases}
+            made: Any = maker.__new__(meta, name, resolved, content)
+            maker.__init__(made, name, resolved, content)
+    except Exception:
+        # Its metaclass makes it from a definition only.
+        made = _defined(content.get("__qualname__", name))
+        if made is None:
+            raise
     return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
+
+
+_only_defined: set[type] = set()
+"""Classes that are as the script has defined them here."""
+
+
+def _defined(qualname: str) -> type | None:
+    """Return a class that the script defines where it is run once more, or ``None``."""
+    way, _ = way_to_script()
+    try:
+        found: Any = _run_again(*way)[qualname] if way is not None else None
+    except Exception:
+        return None
+    if isinstance(found, type):
+        type.__setattr__(found, "__module__", "__main__")
+        _only_defined.add(found)
+        return found
+    return None
+
+
+_DEFINED_ONLY = frozenset(
+    {"django", "mongoengine", "msgspec", "peewee", "pony", "sqlalchemy", "sqlmodel", "tortoise"}
+)
+"""Packages that keep tables of the classes that are defined with them."""
+
+
+def is_defined_only(cls: type) -> bool:
+    """Return whether a class of the script cannot be made without its definition."""
+    return _maker(type(cls)).__module__.partition(".")[
+        0
+    ] in _DEFINED_ONLY or "_sa_class_manager" in vars(cls)
 
 
 def make_enum(
@@ -225,6 +263,8 @@ _filled: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictio
 
 def fill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
     """Set the attributes of a class, and delete those that it no longer has."""
+    if made in _only_defined:
+        return
     names = frozenset(state[0])
     for name in _filled.get(made, names) - names:
         if name in vars(made):
@@ -293,8 +333,24 @@ def _run_again(way: str, where: str) -> dict[str, Any]:
     return run(where, run_name="__mp_main__")
 
 
+def _is_current(value: object) -> bool:
+    """Return whether a value is a class of no library that was imported anew."""
+    if not isinstance(value, type):
+        return False
+    for each in (type(value), *value.__mro__):
+        if each.__module__ not in NAMES:
+            found: Any = sys.modules.get(each.__module__)
+            for name in each.__qualname__.split("."):
+                found = getattr(found, name, None)
+            if found is not each:
+                return False
+    return True
+
+
 def _take_again(way: str, where: str, kinds: dict[str, str]) -> dict[str, Any]:
-    found = _run_again(way, where)
+    found = former.space
+    if not found or not all(_is_current(found.get(name)) for name in kinds):
+        found = _run_again(way, where)
     for name, kind in kinds.items():
         if name not in found or (found[name] is None and kind != "builtins.NoneType"):
             raise PayloadError(
@@ -302,6 +358,9 @@ def _take_again(way: str, where: str, kinds: dict[str, str]) -> dict[str, Any]:
                 f"as the program: make it in an initializer, or above if __name__ == '__main__':"
             )
     taken = {name: found[name] for name in kinds}
+    for cls in taken.values():
+        if isinstance(cls, type) and cls.__module__ in NAMES:
+            type.__setattr__(cls, "__module__", "__main__")
     for each, cls in instances_in(taken):
         mine: Any = sys.modules["__main__"]
         for part in cls.__qualname__.split("."):

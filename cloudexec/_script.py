@@ -35,7 +35,7 @@ import cloudpickle
 from cloudexec import _main, _module_state
 from cloudexec._anew import reduce_anew
 from cloudexec._annotations import annotations_of, names_in
-from cloudexec._describing import describe, is_interrupt
+from cloudexec._describing import describe, is_a, is_interrupt
 from cloudexec._errors import PayloadError
 from cloudexec._fingerprints import Definition, Unstable, lookup
 from cloudexec._payload import INLINE_BYTES, Collector, Pickler
@@ -70,6 +70,10 @@ _DEFINED = (FunctionType, BuiltinFunctionType, type, ModuleType)
 
 class _TooLarge(Exception):
     """A value is so large that it is only sent if a task uses it."""
+
+
+class _DefinedOnlyError(TypeError):
+    """A class cannot be made without its definition."""
 
 
 class _Small(Collector):
@@ -138,6 +142,12 @@ class _DefinitionPickler(Pickler):
         return True
 
     def _reduce(self, obj: Any) -> Any:
+        if isinstance(obj, type) and obj.__module__ in _main.NAMES and _main.is_defined_only(obj):
+            raise _DefinedOnlyError(
+                f"the class {obj.__qualname__} cannot be sent, as a library keeps a table of the "
+                f"classes that are defined with it: define it in a module of its own, which "
+                f"workers import"
+            )
         reduced = reduce_anew(obj)
         if reduced is None and isinstance(obj, io.TextIOWrapper):
             raise TypeError(f"an open file ({obj.name}) cannot be sent")
@@ -405,6 +415,8 @@ class Script(Generic[F]):
                 raise  # another thread changed it while it was pickled; it can be sent
             for own in each.names:
                 self._globals.pop(own, None)
+            if collector is _Small and is_a(exc, _DefinedOnlyError):
+                raise _TooLarge from None  # the script is not run for what no task names
             self._take_from_script(each, name, user, exc)
         return each
 

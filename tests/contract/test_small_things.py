@@ -54,6 +54,16 @@ if __name__ == "__main__":
 def test_small_things_are_as_in_a_process_pool(tmp_path: Path, way: str) -> None:
     """Data in thread locals, nested classes, names of streams, proxies that only a call has."""
     (tmp_path / "program.py").write_text(_PROGRAM)
+    assert _run(tmp_path, way) == [
+        "(3, False)",
+        "[\"<class '__main__.Outer.Inner'>\", True] True 0",
+        "0",
+        "('<stdout>', 'w', '<stderr>', 'wb')",
+        "5 6",
+    ]
+
+
+def _run(tmp_path: Path, way: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "program.py", way],
         cwd=tmp_path,
@@ -61,10 +71,65 @@ def test_small_things_are_as_in_a_process_pool(tmp_path: Path, way: str) -> None
         text=True,
         timeout=100,
     )
-    assert done.stdout.splitlines() == [
-        "(3, False)",
-        "[\"<class '__main__.Outer.Inner'>\", True] True 0",
-        "0",
-        "('<stdout>', 'w', '<stderr>', 'wb')",
-        "5 6",
-    ], done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+_LIBRARY = """
+TABLE = {}
+
+
+class ModelBase(type):
+    def __init__(cls, name, bases, content):
+        super().__init__(name, bases, content)
+        if bases and "table" not in content:
+            raise TypeError(f"{name} is defined without a table")
+        type.__setattr__(cls, "fields", sorted(content.get("__annotations__", ())))
+        TABLE[name] = cls
+
+    def __setattr__(cls, name, value):
+        raise AttributeError("defined already")
+
+
+class Model(metaclass=ModelBase):
+    pass
+"""
+_MODELS = """
+import sys
+import peewee
+from cloudexec import BatchExecutor
+
+class User(peewee.Model):
+    table: str = "users"
+    name: str = ""
+
+class Admin(User):
+    table: str = "admins"
+
+def look(user):
+    return user, user.name, peewee.TABLE["Admin"] is Admin, Admin.fields, type(user) is User
+
+def other():
+    return "other"
+
+if __name__ == "__main__":
+    user = User()
+    user.name = "u"
+    with BatchExecutor(1, preload=sys.argv[1] == "copy") as executor:
+        print(executor.submit(other).result())
+        made, *rest = executor.submit(look, user).result()
+        print(rest, type(made) is User, made.name)
+"""
+
+
+@pytest.mark.parametrize("way", ["copy", "fresh"])
+def test_classes_that_only_their_definition_makes_are_the_scripts_own(
+    tmp_path: Path, way: str
+) -> None:
+    """Those of an object-relational mapper, which keeps a table of the classes that are defined."""
+    (tmp_path / "peewee.py").write_text(_LIBRARY)
+    (tmp_path / "program.py").write_text(_MODELS)
+    assert _run(tmp_path, way) == [
+        "other",
+        "['u', True, ['table'], True] True u",
+    ]
