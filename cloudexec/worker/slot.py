@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import multiprocessing.resource_tracker  # noqa: F401 (here, before slots are forked)
@@ -20,7 +21,14 @@ from cloudexec._anew import set_process_number
 from cloudexec._describing import describe, if_not_found, is_a
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
-from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
+from cloudexec._objects.places import (
+    BlobGoneError,
+    DirectSource,
+    FileSource,
+    KeptSource,
+    Place,
+    unpack_places,
+)
 from cloudexec.worker import frames
 from cloudexec.worker.frames import (
     COMPOSED,
@@ -234,7 +242,9 @@ class Slot:
         if names and names != ["*"]:
             self._functions[number] = self._definition(number, names, module, pickled, composed)
             return
-        load = self._load_composed if composed else _loads
+        load: Callable[[bytes], Any] = self._load_composed if composed else _loads
+        if fresh and composed:
+            load = functools.partial(self._load_composed, kept={})
         self._functions[number] = _Pickled(pickled, load, needs, fresh=bool(fresh))
 
     def _definition(
@@ -252,9 +262,17 @@ class Slot:
     # Large payloads.
 
     def _load_composed(
-        self, data: bytes | memoryview, unpickler: type[pickle.Unpickler] = pickle.Unpickler
+        self,
+        data: bytes | memoryview,
+        unpickler: type[pickle.Unpickler] = pickle.Unpickler,
+        kept: dict[int, Any] | None = None,
     ) -> Any:
         """Unpickle places of blobs and the head that refers to them.
+
+        Args:
+            data: The places and the head.
+            unpickler: Class of the unpickler.
+            kept: Memory of earlier loads of the same, which may be used again.
 
         Raises:
             BlobGoneError: If the process that held a blob is gone.
@@ -262,14 +280,14 @@ class Slot:
         """
         places, at = unpack_places(data)
         found = {place.number: place for place in places}
-        source = lambda number: self._source(found[number])  # noqa: E731
+        source = lambda number: self._source(found[number], kept)  # noqa: E731
         return _records.load_composed(data[at:], source, unpickler)
 
-    def _source(self, place: Place) -> Any:
+    def _source(self, place: Place, kept: dict[int, Any] | None) -> Any:
         if not place.path:
             return DirectSource(place, self._paths.direct_path, self._paths.token)
         try:
-            return FileSource(place)
+            return FileSource(place) if kept is None else KeptSource(place, kept)
         except OSError as exc:
             if self._paths.direct_path:
                 # The file is gone, or may not be opened in this sandbox: ask the client for it.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 _PROGRAM = """
 import numpy as np
@@ -73,12 +76,82 @@ if __name__ == "__main__":
 
 def test_what_globals_share_is_shared_in_tasks(tmp_path: Path) -> None:
     """A model's parameters and its optimizer's, variables of closures, methods of a dictionary."""
-    (tmp_path / "program.py").write_text(_PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
-    )
-    assert done.stdout.splitlines() == [
+    assert _run(tmp_path, _PROGRAM) == [
         "([1.0, 1.0], [[1, 5], [2]], 1, {5: 5}, 'first', 'first')",
         "[([2.0, 2.0], [[1, 5, 6], [2]], 2, {5: 5, 6: 6}, 'first', 'first')]",
         "[[1, 7], 'changed']",
-    ], done.stderr[-3000:]
+    ]
+
+
+_BOUND = """
+from functools import partial
+import numpy as np
+from cloudexec import BatchExecutor
+
+kept = []
+
+class Counter:
+    count = 0
+
+    def __call__(self, x):
+        self.count += 1
+        return self.count
+
+    def step(self, x):
+        return self(x)
+
+def add(array, x):
+    array += x
+    return float(array[0])
+
+def keep(array, x):
+    kept.append(array)
+    array[1] += x
+    return [float(each[1]) for each in kept]
+
+def where(array, x):
+    return array.ctypes.data
+
+def append(items, *, x, to):
+    to.append(x)
+    return len(to)
+
+if __name__ == "__main__":
+    large = np.zeros(200_000)
+    with BatchExecutor(1) as executor:
+        print(list(executor.map(Counter(), range(3))), list(executor.map(Counter().step, range(3))))
+        print(list(executor.map(Counter().step, range(4), chunksize=2)))
+        print(list(executor.map(partial(append, x=1, to=[]), range(3))))
+        for array in np.zeros(3), large:
+            print(list(executor.map(partial(add, array), [1, 1, 1])))
+        print(list(executor.map(partial(keep, large), range(3))))
+        print(len(set(executor.map(partial(where, large), range(5)))))
+"""
+
+
+def test_no_call_of_a_map_sees_what_another_one_has_changed_in_bound_objects(
+    tmp_path: Path,
+) -> None:
+    """A process pool pickles the callable for each call, or for each chunk of calls."""
+    assert _run(tmp_path, _BOUND)[:-1] == [
+        "[1, 1, 1] [1, 1, 1]",
+        "[1, 2, 1, 2]",
+        "[1, 1, 1]",
+        "[1.0, 1.0, 1.0]",
+        "[1.0, 1.0, 1.0]",
+        "[[0.0], [0.0, 1.0], [0.0, 1.0, 2.0]]",
+    ]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="looks at its own pages")
+def test_memory_that_no_call_of_a_map_has_written_to_is_not_mapped_again(tmp_path: Path) -> None:
+    assert _run(tmp_path, _BOUND)[-1] == "1"
+
+
+def _run(tmp_path: Path, program: str) -> list[str]:
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
