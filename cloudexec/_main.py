@@ -10,6 +10,7 @@ import contextlib
 import enum
 import functools
 import os
+import pickle
 import runpy
 import sys
 import types
@@ -37,6 +38,7 @@ __all__ = [
     "make_enum",
     "name_of",
     "namespace",
+    "refill_class",
     "shared_cells",
     "way_to_script",
 ]
@@ -257,20 +259,49 @@ def make_enum(
     return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
 
 
-_filled: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-"""Names of the attributes that each class was last filled with."""
+_filled: weakref.WeakKeyDictionary[type, dict[str, object]] = weakref.WeakKeyDictionary()
+"""Names of the attributes that each class was last filled with, and what tells their data apart."""
 
 
 def fill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
-    """Set the attributes of a class, and delete those that it no longer has."""
+    """Set the attributes of a class that have changed, and delete those that it no longer has.
+
+    Data that are those of the last time are left as tasks have changed them since: a class may
+    count its objects in the client, and keep a model that tasks have loaded.
+    """
     if made in _only_defined:
         return
-    names = frozenset(state[0])
-    for name in _filled.get(made, names) - names:
+    content, slots = state
+    before, now = _filled.get(made, {}), {name: _data_of(content[name]) for name in content}
+    for name in before.keys() - now:
         if name in vars(made):
             type.__delattr__(made, name)
-    _filled[made] = names
-    cloudpickle.cloudpickle._class_setstate(made, state)
+    _filled[made] = now
+    changed = {
+        name: value
+        for name, value in content.items()
+        if now[name] is None or before.get(name) != now[name] or name not in vars(made)
+    }
+    cloudpickle.cloudpickle._class_setstate(made, (changed, slots))
+
+
+def refill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
+    """Set all attributes of a class: it comes with globals that may share objects with it."""
+    _filled.pop(made, None)
+    fill_class(made, state)
+
+
+def _data_of(value: object) -> object:
+    """Return what tells data of the same kind apart, or ``None`` for what is no data."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return kind, value
+    if kind in (dict, frozenset, list, set, tuple):
+        try:
+            return pickle.dumps(value, 5)
+        except Exception:
+            return None
+    return None
 
 
 def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:

@@ -151,7 +151,12 @@ class _DefinitionPickler(Pickler):
         reduced = reduce_anew(obj)
         if reduced is None and isinstance(obj, io.TextIOWrapper):
             raise TypeError(f"an open file ({obj.name}) cannot be sent")
-        return super()._reduce(obj) if reduced is None else reduced
+        if reduced is not None:
+            return reduced
+        reduced = super()._reduce(obj)
+        if len(self._own) > 1 and type(reduced) is tuple and reduced[-1] is _main.fill_class:
+            return *reduced[:-1], _main.refill_class
+        return reduced
 
 
 class _Global:

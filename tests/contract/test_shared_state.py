@@ -58,6 +58,19 @@ def first(x):
 def second(x):
     return "second"
 
+class Job:
+    created, model, cache = 0, None, {}
+
+    def __init__(self):
+        Job.created += 1
+
+    def run(self):
+        if Job.model is None:
+            Job.model = ["loaded"]
+        Job.model.append(1)
+        self.cache[len(self.cache)] = 1
+        return Job.created, len(Job.model), len(self.cache)
+
 def train(x):
     optimizer.step()
     layers[0].append(x)
@@ -71,6 +84,7 @@ if __name__ == "__main__":
         print(list(executor.map(train, [6])))
         model.layers[1] = "changed"
         print(executor.submit(train, 7).result()[1])
+        print([executor.submit(Job().run).result() for _ in range(3)])
 """
 
 
@@ -80,6 +94,7 @@ def test_what_globals_share_is_shared_in_tasks(tmp_path: Path) -> None:
         "([1.0, 1.0], [[1, 5], [2]], 1, {5: 5}, 'first', 'first')",
         "[([2.0, 2.0], [[1, 5, 6], [2]], 2, {5: 5, 6: 6}, 'first', 'first')]",
         "[[1, 7], 'changed']",
+        "[(1, 2, 1), (2, 3, 2), (3, 4, 3)]",
     ]
 
 
