@@ -357,6 +357,14 @@ class Again:
     def __reduce__(self) -> Any:
         return _take_again, self._arguments
 
+    def take(self) -> dict[str, Any]:
+        """Return the globals.
+
+        Raises:
+            BaseException: Whatever running the script raises.
+        """
+        return _take_again(*self._arguments)
+
 
 @functools.cache
 def _run_again(way: str, where: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from cloudexec import _main, _module_state, _payload
+from cloudexec._errors import PayloadError
 
 __all__ = ["Definition", "MainModule", "ResultPickler"]
 
@@ -84,6 +85,7 @@ class MainModule:
     Attributes:
         generation: Counts the definitions that were bound.
         bound: The values that the client has sent, by name.
+        is_near: Whether this is the client's machine.
     """
 
     def __init__(self, attributes: dict[str, Any]) -> None:
@@ -103,6 +105,7 @@ class MainModule:
         vars(self.module).update(attributes)
         self.module.__dict__.setdefault("__builtins__", __builtins__)
         self.generation = 0
+        self.is_near = False
         self.bound: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}  # by name: the number of the definition that is bound
         self._tried: set[int] = set()
@@ -123,12 +126,16 @@ class MainModule:
                 _late[each.names[0]] = functools.partial(self.bind, each)
                 continue
             try:
-                self.bind(each)
+                self.bind(each, is_needed=False)
             except Exception:
                 continue  # a task that needs the definition fails with the reason
 
-    def bind(self, definition: Definition) -> None:
+    def bind(self, definition: Definition, *, is_needed: bool = True) -> None:
         """Bind a definition to its names, unless it is bound already.
+
+        Args:
+            definition: The definition.
+            is_needed: Whether to run the script once more for what cannot be unpickled.
 
         Raises:
             BaseException: Whatever unpickling raises.
@@ -147,12 +154,35 @@ class MainModule:
                 numbers[name] = number
                 continue
             if values is None:
-                values = definition.load()
+                try:
+                    values = definition.load()
+                except (PayloadError, ConnectionError):
+                    raise
+                except Exception:
+                    values = self._of_script(names) if is_needed and self.is_near else None
+                    if values is None:
+                        raise
             numbers[name] = number
             _late.pop(name, None)
             if name in values:
                 self.bound[name] = space[name] = values[name]
         self.generation += 1
+
+    def _of_script(self, names: list[str]) -> dict[str, Any] | None:
+        """Return globals as the script makes them here, or ``None``.
+
+        Some objects can be pickled and not unpickled. A process pool never pickles a global.
+        """
+        if all(name in self._inherited for name in names):
+            return {name: self._inherited[name] for name in names}
+        way, _ = _main.way_to_script()
+        if way is None:
+            return None
+        kinds = dict.fromkeys(names, "object that cannot be unpickled")
+        try:
+            return _main.Again(*way, kinds).take()
+        except Exception:
+            return None
 
 
 class ResultPickler(_payload.Pickler):

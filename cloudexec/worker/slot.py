@@ -198,6 +198,7 @@ class Slot:
         os.environ[_nesting.DEPTH] = str(setup["depth"])
         paths = self._paths
         paths.direct_path = setup["direct_path"]
+        self._main.is_near = bool(paths.direct_path)
         paths.token = bytes.fromhex(setup["token"])
         if paths.direct_path:
             _sharing.ask(paths.direct_path, paths.token)

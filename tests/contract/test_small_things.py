@@ -15,9 +15,20 @@ from cloudexec import BatchExecutor
 local = threading.local()
 local.depth, local.connection = 3, sqlite3.connect(":memory:")
 
+class Template:
+    def __new__(cls, source):
+        made = super().__new__(cls)
+        made.source = source
+        return made
+
+TEMPLATE = Template("t")
+
 class Outer:
     class Inner:
         count = 0
+
+def render():
+    return TEMPLATE.source, type(TEMPLATE) is Template
 
 def of_this_thread():
     return local.depth, hasattr(local, "connection")
@@ -40,7 +51,7 @@ if __name__ == "__main__":
         *rest, made = executor.submit(nested).result()
         print(rest, type(made) is Outer.Inner, made.count)
         print(executor.submit(Outer.Inner).result().count)
-        print(executor.submit(streams).result())
+        print(executor.submit(streams).result(), executor.submit(render).result())
         with mp.Manager() as manager:
             queue = manager.Queue()
             # Nobody but the call refers to the lock.
@@ -52,13 +63,13 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("way", ["copy", "fresh"])
 def test_small_things_are_as_in_a_process_pool(tmp_path: Path, way: str) -> None:
-    """Data in thread locals, nested classes, names of streams, proxies that only a call has."""
+    """Thread locals, nested classes, streams, what cannot be unpickled, proxies of a manager."""
     (tmp_path / "program.py").write_text(_PROGRAM)
     assert _run(tmp_path, way) == [
         "(3, False)",
         "[\"<class '__main__.Outer.Inner'>\", True] True 0",
         "0",
-        "('<stdout>', 'w', '<stderr>', 'wb')",
+        "('<stdout>', 'w', '<stderr>', 'wb') ('t', True)",
         "5 6",
     ]
 
