@@ -21,6 +21,7 @@ process pool, and changes that tasks and the initializer make to it stay. The ru
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import pickle
@@ -40,6 +41,7 @@ from cloudexec._errors import PayloadError
 from cloudexec._fingerprints import Definition, Unstable, lookup
 from cloudexec._payload import INLINE_BYTES, Collector, Pickler
 from cloudexec._records import Composed, Payload
+from cloudexec._registrations import registrations
 from cloudexec._shared_state import shared_by
 
 if TYPE_CHECKING:
@@ -315,13 +317,19 @@ class Script(Generic[F]):
             return self._rest
 
     def _given_to_modules(self) -> Iterator[F]:
-        """Yield what sets, in the user's own modules, what they have of the script."""
+        """Yield what sets, in modules, what they have been given of the script."""
+        given: list[tuple[str, Any, Any]] = []
         for place in self._modules.of_script:
-            each = _Global(frozenset((".".join(place),)))
+            with contextlib.suppress(KeyError):
+                value = _module_state.at(*place)
+                given.append((".".join(place), _module_state.OfScript(place, value), value))
+        for registration in registrations():
+            name = ".".join((*registration.where, "registered"))
+            given.append((name, registration, registration.entries))
+        for name, sent, value in given:
+            each = _Global(frozenset((name,)))
             found: dict[str, _Global] = {}
             try:
-                value = _module_state.at(*place)
-                sent = _module_state.OfScript(place, value)
                 self._pickle_into(each, _Small, {"": sent}, [value])
                 yield from self._needs(each.uses | each.links, _Small, found)
                 if each.links.issubset(found):
@@ -329,7 +337,7 @@ class Script(Generic[F]):
             except Exception as exc:
                 if is_interrupt(exc):
                     raise
-                _logger.debug("%s is not as in the client: %s", ".".join(place), describe(exc))
+                _logger.debug("%s is not as in the client: %s", name, describe(exc))
 
     def _needs(
         self, names: Iterable[str], collector: type[Collector], found: dict[str, _Global]

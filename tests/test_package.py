@@ -160,10 +160,12 @@ MAY_IMPORT = {
         "_objects",
         "_payload",
         "_records",
+        "_registrations",
         "_shared_state",
         "_unsendable",
     },
     "_shared_state": {"_fingerprints"},
+    "_registrations": {"_main"},
     "_unsendable": {"_fingerprints", "_payload", "_sharing"},
     "_fingerprints": {"_main"},
     "_functions": {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 _PROGRAM = """
-import multiprocessing as mp, pickle, sqlite3, sys, threading
+import copyreg, multiprocessing as mp, numbers, pickle, sqlite3, sys, threading
 from cloudexec import BatchExecutor
 
 local = threading.local()
@@ -22,6 +22,18 @@ class Template:
         return made
 
 TEMPLATE = Template("t")
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+numbers.Number.register(Point)
+copyreg.pickle(Point, lambda point: (Point, (point.x + 100,)))
+sqlite3.register_adapter(Point, lambda point: point.x)
+
+def registered():
+    row = sqlite3.connect(":memory:").execute("select ?", (Point(7),)).fetchone()
+    return row, isinstance(Point(1), numbers.Number), pickle.loads(pickle.dumps(Point(1))).x
 
 class Outer:
     class Inner:
@@ -48,6 +60,7 @@ def put(queue, lock, value):
 if __name__ == "__main__":
     with BatchExecutor(1, preload=sys.argv[1] == "copy") as executor:
         print(executor.submit(of_this_thread).result())
+        print(executor.submit(registered).result())
         *rest, made = executor.submit(nested).result()
         print(rest, type(made) is Outer.Inner, made.count)
         print(executor.submit(Outer.Inner).result().count)
@@ -67,6 +80,7 @@ def test_small_things_are_as_in_a_process_pool(tmp_path: Path, way: str) -> None
     (tmp_path / "program.py").write_text(_PROGRAM)
     assert _run(tmp_path, way) == [
         "(3, False)",
+        "((7,), True, 101)",
         "[\"<class '__main__.Outer.Inner'>\", True] True 0",
         "0",
         "('<stdout>', 'w', '<stderr>', 'wb') ('t', True)",
