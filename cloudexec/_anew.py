@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
 from typing import Any, cast
 
+import cloudpickle
+
 from cloudexec._anew_basics import (
     attributes_of,
     bare,
@@ -251,13 +253,27 @@ def _reduce_rlock(_: Any) -> tuple[Any, ...]:
 
 
 def _reduce_local(local: Any) -> tuple[Any, ...]:
-    """Reduce an object whose class's ``__init__`` each thread calls with the same arguments."""
+    """Reduce an object whose class's ``__init__`` each thread calls with the same arguments.
+
+    What this thread has set in it is set in the thread that runs tasks, as in a forked process. Not
+    so what cannot be pickled, such as a connection, which each thread opens for itself.
+    """
     referents = gc.get_referents(local)
     args = next((each for each in referents if type(each) is tuple), ())
     keywords = next(
         (each for each in referents if type(each) is dict and each and _has_names(each)), {}
     )
-    return make, (type(local), args, keywords)
+    state = {name: value for name, value in vars(local).items() if _can_be_pickled(value)}
+    args = (type(local), args, keywords)
+    return (make, args, state, None, None, set_attributes) if state else (make, args)
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 def _has_names(keys: Iterable[Any]) -> bool:

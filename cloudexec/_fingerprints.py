@@ -422,6 +422,11 @@ def _anatomy(code: CodeType) -> tuple[tuple[str, ...], bool, bool, bool]:
     return tuple(sorted(names)), sets, rebinds, rebinds_cells
 
 
+def rebinds_cells(code: CodeType) -> bool:
+    """Return whether a function assigns to variables of the function that it was made in."""
+    return _anatomy(code)[3]
+
+
 def _functions_in(value: Any, by_value: Collection[str]) -> Iterator[FunctionType]:
     """Yield the functions by value in an object of a function's state.
 

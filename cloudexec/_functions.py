@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -28,6 +28,7 @@ from cloudexec import _main, _payload
 from cloudexec._core.tasks import FunctionStats
 from cloudexec._describing import attribute_of, is_interrupt
 from cloudexec._fingerprints import Fingerprint, lookup, travels_by_value
+from cloudexec._module_state import ModuleState
 from cloudexec._objects.ref import Ref
 from cloudexec._objects.store import BlobStore
 from cloudexec._payload import Unfinished
@@ -40,6 +41,9 @@ _Keywords = dict[str, Any] | None
 
 _UNBOUND = frozenset({FunctionType, BuiltinFunctionType, type})
 """Types of callables that cannot have bound arguments."""
+_CONSTANT = frozenset(
+    {bool, bytes, complex, float, int, range, str, type(None), FunctionType, BuiltinFunctionType}
+)
 _KEPT = 512
 _KINDS_KEPT = 4096
 _REMEMBERED_BYTES = 256 * 1024
@@ -130,10 +134,16 @@ class FunctionTable:
             more, in the thread that dropped the last reference.
         store: Keeps large pieces of callables and arguments.
         is_near: Whether workers are on this machine.
+        modules: What the user's own modules have.
     """
 
     def __init__(
-        self, on_end: Callable[[int], None], store: BlobStore, *, is_near: bool = False
+        self,
+        on_end: Callable[[int], None],
+        store: BlobStore,
+        *,
+        is_near: bool = False,
+        modules: ModuleState | None = None,
     ) -> None:
         self._store = store
         self._on_end = on_end
@@ -147,7 +157,9 @@ class FunctionTable:
         self._known: OrderedDict[int, tuple[Any, Function, Any, Any]] = OrderedDict()
         self._unstable: dict[CodeType, int] = {}
         self._kinds: dict[Any, FunctionStats] = {}
-        self._script = Script(self._define, store, is_near=is_near)
+        self._script = Script(
+            self._define, store, is_near=is_near, modules=modules or ModuleState()
+        )
         self._rest: tuple[tuple[Function, ...], Function | None] = ((), None)
 
     def _define(
@@ -211,7 +223,11 @@ class FunctionTable:
         if type(fn) in _UNBOUND:
             return self._number(fn, _payload.dumps(fn, self._store, names), names)
         pickled = _payload.dumps_bound(fn, self._store, names)
-        return None if isinstance(pickled, Unfinished) else self._number(fn, pickled, names)
+        if isinstance(pickled, Unfinished):
+            return None
+        # A process pool pickles such a callable for each call. So no call may see what another one
+        # has changed in the bound arguments.
+        return self._number(fn, pickled, names, fresh=_binds_state(fn), new=True)
 
     def unnumbered(
         self, fn: Callable[..., Any]
@@ -357,9 +373,17 @@ class FunctionTable:
                 self._known.popitem(last=False)
 
     def _number(
-        self, fn: Callable[..., Any], pickled: Payload, names: Iterable[str], *, fresh: bool = False
+        self,
+        fn: Callable[..., Any],
+        pickled: Payload,
+        names: Iterable[str],
+        *,
+        fresh: bool = False,
+        new: bool | None = None,
     ) -> Function:
-        function = self._numbered(pickled, names, fresh=fresh, new=not fresh)
+        function = self._numbered(
+            pickled, names, fresh=fresh, new=not fresh if new is None else new
+        )
         # All functions with the same code object share their statistics.
         function.stats = self._kind(fn)
         return function
@@ -404,6 +428,32 @@ class FunctionTable:
                 self._kinds.clear()
             kind = self._kinds[key] = FunctionStats()
         return kind
+
+
+_WITHOUT_STATE = ("_functools", "_operator", "builtins", "functools", "operator", "re")
+"""Modules whose callables cannot be changed, besides those that bind arguments."""
+
+
+def _binds_state(fn: Any) -> bool:
+    """Return whether a callable has an object bound to it that its calls may change."""
+    kind = type(fn)
+    if attribute_of(kind, "_called_for_each"):  # of map(chunksize=...)
+        return _binds_state(fn._called_for_each)
+    if kind is functools.partial:
+        bound = (*fn.args, *fn.keywords.values())
+        return not all(map(_is_constant, bound)) or _binds_state(fn.func)
+    if kind in _UNBOUND:
+        return False
+    if kind is MethodType:
+        return not isinstance(fn.__self__, (type, ModuleType))
+    return kind.__module__ not in _WITHOUT_STATE
+
+
+def _is_constant(value: object, depth: int = 4) -> bool:
+    kind = type(value)
+    if kind is tuple or kind is frozenset:
+        return depth > 0 and all(_is_constant(item, depth - 1) for item in value)  # type: ignore[attr-defined]
+    return kind in _CONSTANT or isinstance(value, (type, ModuleType))
 
 
 def _plain(fn: Callable[..., Any]) -> bytes:

@@ -10,11 +10,12 @@ import contextlib
 import enum
 import functools
 import os
+import pickle
 import runpy
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -28,12 +29,17 @@ __all__ = [
     "Again",
     "fill_class",
     "fill_enum",
+    "former",
     "function",
+    "hooked",
+    "is_defined_only",
     "instances_in",
     "make_class",
     "make_enum",
     "name_of",
     "namespace",
+    "refill_class",
+    "shared_cells",
     "way_to_script",
 ]
 
@@ -42,7 +48,11 @@ NAMED = frozenset({FunctionType, type, type(functools.lru_cache(len))})
 _LOOKED_AT = 10_000
 NAMES = frozenset({"__main__", "__mp_main__"})
 """Names of the script's module, in a program and in a process that ``multiprocessing`` spawned."""
+hooked = set(NAMES)
+"""Modules whose metaclasses and ``__init_subclass__`` do not run when a class is made from a
+pickle, as their effects are sent."""
 _ABSENT = object()
+_ATOMS = frozenset({bool, bytes, complex, float, int, str, types.NoneType})
 
 
 def namespace() -> dict[str, Any]:
@@ -74,6 +84,63 @@ def function(code: CodeType, closure: tuple[CellType, ...] | None) -> FunctionTy
     return FunctionType(code, namespace(), None, None, closure)
 
 
+def shared_cells(
+    fn: FunctionType, empty: tuple[CellType, ...] | None
+) -> tuple[CellType, ...] | None:
+    """Return what a function's closure is made from: cells that others may share, or empty ones.
+
+    Functions that share a variable which one of them assigns to must go on sharing it. Other values
+    are set later, as they may refer to the function. They are shared themselves.
+    """
+    if not empty:
+        return empty
+    pairs = zip(fn.__closure__ or (), empty, strict=True)
+    return tuple(cell if _holds_atom(cell) else other for cell, other in pairs)
+
+
+def _holds_atom(cell: CellType) -> bool:
+    try:
+        return type(cell.cell_contents) in _ATOMS
+    except ValueError:
+        return False  # it is empty
+
+
+class Former:
+    """The script as it was when this process was copied from the client.
+
+    Attributes:
+        space: The script's globals; empty if this process is no copy.
+    """
+
+    def __init__(self) -> None:
+        self.space: dict[str, Any] = {}
+        self._taken: set[type] = set()
+
+    def take(self, qualname: str, meta: type, bases: tuple[type, ...]) -> type | None:
+        """Return a class that is to become the client's of this name, if the script has it.
+
+        Libraries that the client has told of a class know this one, and no other.
+        """
+        first, *rest = qualname.split(".")
+        found = self.space.get(first)
+        for name in rest:
+            found = vars(found).get(name) if isinstance(found, type) else None
+        if not isinstance(found, type) or found in self._taken:
+            return None
+        if type(found) is not meta or found.__bases__ != bases or found.__module__ not in NAMES:
+            return None
+        self._taken.add(found)
+        return found
+
+
+former = Former()
+
+
+def _slots(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    slots = content.get("__slots__")
+    return slots if slots is None else (slots,) if isinstance(slots, str) else tuple(slots)
+
+
 def make_class(
     meta: type,
     name: str,
@@ -93,18 +160,58 @@ def make_class(
     known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
     if known is not None:
         return known  # type: ignore[no-any-return]
-    maker: Any = _maker(meta)
     resolved = types.resolve_bases(bases)
-    with _no_hooks(resolved):
-        if maker is meta:
-            return track._make_skeleton_class(  # type: ignore[no-any-return]
-                meta, name, bases, content, tracker, extra
-            )
-        if resolved is not bases:
-            content = {**content, "__orig_bases__": bases}
-        made: Any = maker.__new__(meta, name, resolved, content)
-        maker.__init__(made, name, resolved, content)
+    found = former.take(content.get("__qualname__", name), meta, resolved)
+    if found is not None and _slots(vars(found)) == _slots(content):
+        return track._lookup_class_or_track(tracker, found)  # type: ignore[no-any-return]
+    maker: Any = _maker(meta)
+    try:
+        with _no_hooks(resolved):
+            if maker is meta:
+                return track._make_skeleton_class(  # type: ignore[no-any-return]
+                    meta, name, bases, content, tracker, extra
+                )
+            if resolved is not bases:
+                content = {**content, "__orig_bases__": bases}
+            made: Any = maker.__new__(meta, name, resolved, content)
+            maker.__init__(made, name, resolved, content)
+    except Exception:
+        # Its metaclass makes it from a definition only.
+        made = _defined(content.get("__qualname__", name))
+        if made is None:
+            raise
     return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
+
+
+_only_defined: set[type] = set()
+"""Classes that are as the script has defined them here."""
+
+
+def _defined(qualname: str) -> type | None:
+    """Return a class that the script defines where it is run once more, or ``None``."""
+    way, _ = way_to_script()
+    try:
+        found: Any = _run_again(*way)[qualname] if way is not None else None
+    except Exception:
+        return None
+    if isinstance(found, type):
+        type.__setattr__(found, "__module__", "__main__")
+        _only_defined.add(found)
+        return found
+    return None
+
+
+_DEFINED_ONLY = frozenset(
+    {"django", "mongoengine", "msgspec", "peewee", "pony", "sqlalchemy", "sqlmodel", "tortoise"}
+)
+"""Packages that keep tables of the classes that are defined with them."""
+
+
+def is_defined_only(cls: type) -> bool:
+    """Return whether a class of the script cannot be made without its definition."""
+    return _maker(type(cls)).__module__.partition(".")[
+        0
+    ] in _DEFINED_ONLY or "_sa_class_manager" in vars(cls)
 
 
 def make_enum(
@@ -123,6 +230,11 @@ def make_enum(
     known = track._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
     if known is not None:
         return known  # type: ignore[no-any-return]
+    found: Any = former.take(qualname, meta, bases)
+    if found is not None and [(key, each.value) for key, each in found.__members__.items()] == [
+        (key, value) for key, _, value in members
+    ]:
+        return track._lookup_class_or_track(tracker, found)  # type: ignore[no-any-return]
     maker: Any = _maker(meta)
     turns = iter(members)
 
@@ -135,8 +247,8 @@ def make_enum(
 
     content = maker.__prepare__(name, bases)
     head = {"__module__": module, "__qualname__": qualname, "__new__": __new__}
-    for word, found in {**head, "__init__": lambda *_: None}.items():
-        content[word] = found
+    for word, each in {**head, "__init__": lambda *_: None}.items():
+        content[word] = each
     for key, _plain, each in members:
         content[key] = enum.member(each)
     with _no_hooks(bases):
@@ -147,18 +259,49 @@ def make_enum(
     return track._lookup_class_or_track(tracker, made)  # type: ignore[no-any-return]
 
 
-_filled: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-"""Names of the attributes that each class was last filled with."""
+_filled: weakref.WeakKeyDictionary[type, dict[str, object]] = weakref.WeakKeyDictionary()
+"""Names of the attributes that each class was last filled with, and what tells their data apart."""
 
 
 def fill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
-    """Set the attributes of a class, and delete those that it no longer has."""
-    names = frozenset(state[0])
-    for name in _filled.get(made, names) - names:
+    """Set the attributes of a class that have changed, and delete those that it no longer has.
+
+    Data that are those of the last time are left as tasks have changed them since: a class may
+    count its objects in the client, and keep a model that tasks have loaded.
+    """
+    if made in _only_defined:
+        return
+    content, slots = state
+    before, now = _filled.get(made, {}), {name: _data_of(content[name]) for name in content}
+    for name in before.keys() - now:
         if name in vars(made):
             type.__delattr__(made, name)
-    _filled[made] = names
-    cloudpickle.cloudpickle._class_setstate(made, state)
+    _filled[made] = now
+    changed = {
+        name: value
+        for name, value in content.items()
+        if now[name] is None or before.get(name) != now[name] or name not in vars(made)
+    }
+    cloudpickle.cloudpickle._class_setstate(made, (changed, slots))
+
+
+def refill_class(made: type, state: tuple[dict[str, Any], Any]) -> None:
+    """Set all attributes of a class: it comes with globals that may share objects with it."""
+    _filled.pop(made, None)
+    fill_class(made, state)
+
+
+def _data_of(value: object) -> object:
+    """Return what tells data of the same kind apart, or ``None`` for what is no data."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return kind, value
+    if kind in (dict, frozenset, list, set, tuple):
+        try:
+            return pickle.dumps(value, 5)
+        except Exception:
+            return None
+    return None
 
 
 def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:
@@ -170,18 +313,18 @@ def fill_enum(made: Any, state: tuple[Any, dict[str, dict[str, Any]]]) -> None:
 
 
 def _maker(meta: type) -> type:
-    """Return the nearest base of a metaclass that the script has not defined."""
-    return next(each for each in meta.__mro__ if each.__module__ not in NAMES)
+    """Return the nearest base of a metaclass whose effects are not sent."""
+    return next(each for each in meta.__mro__ if each.__module__ not in hooked)
 
 
 @contextlib.contextmanager
 def _no_hooks(bases: tuple[type, ...]) -> Iterator[None]:
-    """Disable the script's ``__init_subclass__`` while a class is made."""
+    """Disable each ``__init_subclass__`` whose effects are sent while a class is made."""
     hooks = {
         each: vars(each)["__init_subclass__"]
         for base in bases
         for each in base.__mro__
-        if each.__module__ in NAMES and "__init_subclass__" in vars(each)
+        if each.__module__ in hooked and "__init_subclass__" in vars(each)
     }
     try:
         for each in hooks:
@@ -214,6 +357,14 @@ class Again:
     def __reduce__(self) -> Any:
         return _take_again, self._arguments
 
+    def take(self) -> dict[str, Any]:
+        """Return the globals.
+
+        Raises:
+            BaseException: Whatever running the script raises.
+        """
+        return _take_again(*self._arguments)
+
 
 @functools.cache
 def _run_again(way: str, where: str) -> dict[str, Any]:
@@ -221,8 +372,24 @@ def _run_again(way: str, where: str) -> dict[str, Any]:
     return run(where, run_name="__mp_main__")
 
 
+def _is_current(value: object) -> bool:
+    """Return whether a value is a class of no library that was imported anew."""
+    if not isinstance(value, type):
+        return False
+    for each in (type(value), *value.__mro__):
+        if each.__module__ not in NAMES:
+            found: Any = sys.modules.get(each.__module__)
+            for name in each.__qualname__.split("."):
+                found = getattr(found, name, None)
+            if found is not each:
+                return False
+    return True
+
+
 def _take_again(way: str, where: str, kinds: dict[str, str]) -> dict[str, Any]:
-    found = _run_again(way, where)
+    found = former.space
+    if not found or not all(_is_current(found.get(name)) for name in kinds):
+        found = _run_again(way, where)
     for name, kind in kinds.items():
         if name not in found or (found[name] is None and kind != "builtins.NoneType"):
             raise PayloadError(
@@ -230,6 +397,9 @@ def _take_again(way: str, where: str, kinds: dict[str, str]) -> dict[str, Any]:
                 f"as the program: make it in an initializer, or above if __name__ == '__main__':"
             )
     taken = {name: found[name] for name in kinds}
+    for cls in taken.values():
+        if isinstance(cls, type) and cls.__module__ in NAMES:
+            type.__setattr__(cls, "__module__", "__main__")
     for each, cls in instances_in(taken):
         mine: Any = sys.modules["__main__"]
         for part in cls.__qualname__.split("."):

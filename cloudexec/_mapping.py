@@ -64,8 +64,8 @@ class Chunk:
     def _called_for_each(self) -> Callable[..., Any]:
         """The function that is called for each input.
 
-        The journal, error messages and the choice of modules to import look at it, and not at the
-        chunk.
+        The journal, error messages, the choice of modules to import and of when to unpickle it
+        look at it, and not at the chunk.
         """
         return self._fn
 

@@ -147,7 +147,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     )
     futures: list[Dependency] | None = None
     """Those met so far, where futures may be arguments; ``None``: they may not."""
-    files: list[_sharing.SharedFile] | None = None
+    files: list[object] | None = None
     """Those that must be held open for the pickle; ``None``: it may refer to none."""
     names: set[str] | None = None
     """Where the globals of the script are collected that the pickle refers to."""
@@ -231,6 +231,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if "__slots__" in vars(obj):
                 _keep_slots(obj, reduced)
             if reduced[0] is cloudpickle.cloudpickle._make_skeleton_class:
+                reduced[1][3]["__qualname__"] = obj.__qualname__
                 if "__class__" in reduced[2][0]:  # it can be given to a class only as it is made
                     reduced[1][3]["__class__"] = reduced[2][0].pop("__class__")
                 reduced = _main.make_class, *reduced[1:5], _main.fill_class
@@ -243,6 +244,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         reduced = self._dynamic_function_reduce(with_annotations(fn))
         _, (code, _, *_, closure), state, *rest = reduced
         state[1]["__globals__"] = {}
+        closure = _main.shared_cells(fn, closure)
         if self.names is not None:  # those that are not there yet, too
             self.names.update(cloudpickle.cloudpickle._extract_code_globals(code))
         return _main.function, (code, closure), state, *rest

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import Blob
-    from cloudexec._sharing import SharedFile
 
 __all__ = [
     "END_RECORD",
@@ -348,7 +347,7 @@ class Composed:
         self.numbers = tuple([blob.id for blob in blobs]) if numbers is None else numbers
         self.shared = False
         self.recipe: Any = None
-        self.files: tuple[SharedFile, ...] = ()
+        self.files: tuple[object, ...] = ()
 
     def __len__(self) -> int:
         return len(self.head) + sum([blob.size for blob in self.blobs])

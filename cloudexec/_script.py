@@ -21,6 +21,7 @@ process pool, and changes that tasks and the initializer make to it stay. The ru
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import pickle
@@ -32,14 +33,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import cloudpickle
 
-from cloudexec import _main
+from cloudexec import _main, _module_state
 from cloudexec._anew import reduce_anew
 from cloudexec._annotations import annotations_of, names_in
-from cloudexec._describing import describe, is_interrupt
+from cloudexec._describing import describe, is_a, is_interrupt
 from cloudexec._errors import PayloadError
 from cloudexec._fingerprints import Definition, Unstable, lookup
 from cloudexec._payload import INLINE_BYTES, Collector, Pickler
 from cloudexec._records import Composed, Payload
+from cloudexec._registrations import registrations
+from cloudexec._shared_state import shared_by
 
 if TYPE_CHECKING:
     from cloudexec._objects.store import BlobStore
@@ -71,6 +74,10 @@ class _TooLarge(Exception):
     """A value is so large that it is only sent if a task uses it."""
 
 
+class _DefinedOnlyError(TypeError):
+    """A class cannot be made without its definition."""
+
+
 class _Small(Collector):
     """Collects a pickle, and raises ``_TooLarge`` if it is not small."""
 
@@ -97,20 +104,35 @@ class _DefinitionPickler(Pickler):
         file: The file that the pickle is written to.
         own: Names of the globals that are pickled by value.
         shared: Names of all globals that must not be copied, by the id of their object.
+        modules: The objects of the user's own modules that are pickled as their places.
+        values: The objects that are pickled by value.
     """
 
     marks = False
 
-    def __init__(self, file: Collector, own: frozenset[str], shared: dict[int, str]) -> None:
+    def __init__(
+        self,
+        file: Collector,
+        own: frozenset[str],
+        shared: dict[int, str],
+        modules: _module_state.ModuleState,
+        values: list[Any],
+    ) -> None:
         super().__init__(file, protocol=5, buffer_callback=file.take_buffer)
         self.names = set()
         self.links: set[str] = set()
         self._own = own
         self._shared = shared
+        self._modules = modules
+        self._values = values
 
     def persistent_id(self, obj: Any) -> Any:
         name = self._shared.get(id(obj))
-        if name is None or name in self._own:
+        if name is None:
+            if id(obj) not in self._modules.places or any(obj is each for each in self._values):
+                return None
+            return self._modules.find(obj)
+        if name in self._own:
             return None
         self.links.add(name)
         return name
@@ -122,10 +144,21 @@ class _DefinitionPickler(Pickler):
         return True
 
     def _reduce(self, obj: Any) -> Any:
+        if isinstance(obj, type) and obj.__module__ in _main.NAMES and _main.is_defined_only(obj):
+            raise _DefinedOnlyError(
+                f"the class {obj.__qualname__} cannot be sent, as a library keeps a table of the "
+                f"classes that are defined with it: define it in a module of its own, which "
+                f"workers import"
+            )
         reduced = reduce_anew(obj)
         if reduced is None and isinstance(obj, io.TextIOWrapper):
             raise TypeError(f"an open file ({obj.name}) cannot be sent")
-        return super()._reduce(obj) if reduced is None else reduced
+        if reduced is not None:
+            return reduced
+        reduced = super()._reduce(obj)
+        if len(self._own) > 1 and type(reduced) is tuple and reduced[-1] is _main.fill_class:
+            return *reduced[:-1], _main.refill_class
+        return reduced
 
 
 class _Global:
@@ -206,6 +239,7 @@ class Script(Generic[F]):
         store: Keeps large pieces of pickles.
         is_near: Whether workers are on this machine, and so may run the script once more for
             globals that cannot be sent.
+        modules: What the user's own modules have.
     """
 
     def __init__(
@@ -214,10 +248,13 @@ class Script(Generic[F]):
         store: BlobStore,
         *,
         is_near: bool,
+        modules: _module_state.ModuleState,
     ) -> None:
         self._make = make
         self._store = store
         self._is_near = is_near
+        self._modules = modules
+        self._of_modules: tuple[F, ...] | None = None
         self._lock = threading.RLock()
         self._globals: dict[str, _Global] = {}
         self._by_value: Any = None
@@ -225,6 +262,7 @@ class Script(Generic[F]):
         self._answers: dict[frozenset[str], _Answer] = {}
         self._snapshot = _Snapshot([])
         self._shared_now: dict[int, str] | None = None
+        self._picklers: dict[_Global, _DefinitionPickler] = {}
 
     def needs(self, names: frozenset[str]) -> tuple[F, ...]:
         """Return what a task is to have that refers to some globals, as they are now.
@@ -250,7 +288,10 @@ class Script(Generic[F]):
                     return needs
             found: dict[str, _Global] = {}
             self._shared_now = None
-            needs = self._needs(names, Collector, found)
+            try:
+                needs = self._needs(names, Collector, found)
+            finally:
+                self._picklers.clear()
             if len(self._answers) >= _ANSWERS_KEPT:
                 self._answers.clear()
             known = tuple({each: each.function for each in found.values()}.items())
@@ -269,8 +310,34 @@ class Script(Generic[F]):
                     then.get(name, _ABSENT) is not value for name, value in now.items()
                 ):
                     self._shared_now = None
-                    self._rest = self._needs(now, _Small, {})
+                    if self._of_modules is None:
+                        self._of_modules = tuple(self._given_to_modules())
+                    self._rest = (*self._needs(now, _Small, {}), *self._of_modules)
+                    self._picklers.clear()
             return self._rest
+
+    def _given_to_modules(self) -> Iterator[F]:
+        """Yield what sets, in modules, what they have been given of the script."""
+        given: list[tuple[str, Any, Any]] = []
+        for place in self._modules.of_script:
+            with contextlib.suppress(KeyError):
+                value = _module_state.at(*place)
+                given.append((".".join(place), _module_state.OfScript(place, value), value))
+        for registration in registrations():
+            name = ".".join((*registration.where, "registered"))
+            given.append((name, registration, registration.entries))
+        for name, sent, value in given:
+            each = _Global(frozenset((name,)))
+            found: dict[str, _Global] = {}
+            try:
+                self._pickle_into(each, _Small, {"": sent}, [value])
+                yield from self._needs(each.uses | each.links, _Small, found)
+                if each.links.issubset(found):
+                    yield self._number(each, found, {})
+            except Exception as exc:
+                if is_interrupt(exc):
+                    raise
+                _logger.debug("%s is not as in the client: %s", name, describe(exc))
 
     def _needs(
         self, names: Iterable[str], collector: type[Collector], found: dict[str, _Global]
@@ -290,9 +357,10 @@ class Script(Generic[F]):
             for own in each.names:
                 found[own] = each
             waiting += [(other, name) for other in (*each.uses, *each.links)]
-        circle = _circle(found)
+        # Of a circle, each would have to be sent before the others. Of those that share an object,
+        # each would get a copy. So they are sent as one.
+        circle = _circle(found) or self._sharing(found)
         if circle:
-            # Each of these would have to be sent before the others, so they are sent as one.
             joint = _Global(circle)
             for name in circle:
                 self._globals[name] = joint
@@ -302,6 +370,20 @@ class Script(Generic[F]):
         for each in found.values():
             self._number(each, found, numbered)
         return tuple(numbered.values())
+
+    def _sharing(self, found: dict[str, _Global]) -> frozenset[str]:
+        """Return the names of globals that share an object which is none itself, or an empty set.
+
+        Only globals that were pickled just now are looked at: the others cannot change.
+        """
+        new = set(found.values())
+        globals_ = [each for each in self._picklers if each in new]
+        if len(globals_) < 2 or not any(each.function is None for each in globals_):
+            return frozenset()
+        pair = shared_by([self._picklers[each] for each in globals_])
+        if pair is None:
+            return frozenset()
+        return globals_[pair[0]].names | globals_[pair[1]].names
 
     def _number(self, each: _Global, found: dict[str, _Global], numbered: dict[_Global, F]) -> F:
         """Number a global, behind those that it refers to."""
@@ -346,6 +428,8 @@ class Script(Generic[F]):
                 raise  # another thread changed it while it was pickled; it can be sent
             for own in each.names:
                 self._globals.pop(own, None)
+            if collector is _Small and is_a(exc, _DefinedOnlyError):
+                raise _TooLarge from None  # the script is not run for what no task names
             self._take_from_script(each, name, user, exc)
         return each
 
@@ -369,17 +453,10 @@ class Script(Generic[F]):
             # Metaclasses and base classes come first, as they may refer to the classes made of
             # them.
             values = dict(sorted(values.items(), key=lambda item: _depth(item[1])))
-        file = collector(self._store)
-        pickler = _DefinitionPickler(file, each.names, self._shared(values))
-        pickled = file.pickle(pickler, values)
-        assert pickler.names is not None
-        if not _is_same(pickled, each.pickled):
-            if each.pickled is not None:
-                _logger.debug("%s has changed and is sent again", ", ".join(sorted(each.names)))
-            each.pickled, each.function = pickled, None
-        for value in values.values():
-            pickler.names.update(_names_in_annotations(value))
-        each.uses, each.links = pickler.names - each.names, pickler.links - each.names
+        sent = values
+        if self._modules.places:
+            sent = {name: self._modules.reference(value) for name, value in values.items()}
+        self._pickle_into(each, collector, sent, list(values.values()))
         watch: list[tuple[str, Definition | _Same]] = []
         stable = len(values) == len(each.names)
         try:
@@ -391,9 +468,26 @@ class Script(Generic[F]):
             stable = False
         each.watch = watch if stable else None
 
-    def _shared(self, values: dict[str, Any]) -> dict[int, str]:
+    def _pickle_into(
+        self, each: _Global, collector: type[Collector], sent: object, values: list[Any]
+    ) -> None:
+        """Pickle values of the script, and note to which globals these refer."""
+        file = collector(self._store)
+        pickler = _DefinitionPickler(file, each.names, self._shared(values), self._modules, values)
+        pickled = file.pickle(pickler, sent)
+        self._picklers[each] = pickler
+        assert pickler.names is not None
+        if not _is_same(pickled, each.pickled):
+            if each.pickled is not None:
+                _logger.debug("%s has changed and is sent again", ", ".join(sorted(each.names)))
+            each.pickled, each.function = pickled, None
+        for value in values:
+            pickler.names.update(_names_in_annotations(value))
+        each.uses, each.links = pickler.names - each.names, pickler.links - each.names
+
+    def _shared(self, values: list[Any]) -> dict[int, str]:
         """Return the names of globals whose objects must not be copied, by the objects' ids."""
-        if all(isinstance(value, _ALONE) for value in values.values()):
+        if all(isinstance(value, _ALONE) for value in values):
             return {}
         if self._shared_now is None:
             self._shared_now = {}

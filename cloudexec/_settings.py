@@ -27,7 +27,7 @@ import cloudpickle
 from cloudexec._anew import reduce_anew
 from cloudexec._log import Log
 
-__all__ = ["apply", "collect"]
+__all__ = ["apply", "collect", "when_imported"]
 
 _log = Log()
 
@@ -94,7 +94,7 @@ def apply(data: bytes, *, handlers: bool = True) -> None:
         if handlers or name != _HANDLERS:
             setting = _SETTINGS[name]
             if setting.module.partition(".")[0] in _ELSEWHERE:
-                _when_imported(setting.module, functools.partial(_set, name, pickled))
+                when_imported(setting.module, functools.partial(_set, name, pickled))
             else:
                 _set(name, pickled)
 
@@ -143,7 +143,7 @@ class _Finder:
 _finder = _Finder()
 
 
-def _when_imported(name: str, action: Callable[[], None]) -> None:
+def when_imported(name: str, action: Callable[[], None]) -> None:
     """Call ``action`` as soon as a module has been imported, or now if it has been imported."""
     if name in sys.modules:
         action()
@@ -273,7 +273,7 @@ def _write_warnings(_: Any, state: tuple[list[str], list[tuple[str, bytes]]]) ->
     current[:] = [loaded[place] for place in sorted(loaded)]
     _forget_what_was_filtered()
     for package, places in later.items():
-        _when_imported(package, functools.partial(load_later, places))
+        when_imported(package, functools.partial(load_later, places))
 
 
 def _forget_what_was_filtered() -> None:

@@ -64,6 +64,7 @@ _kept: weakref.WeakKeyDictionary[Any, SharedFile] = weakref.WeakKeyDictionary()
 """Files that stay open as long as the object that they belong to exists."""
 
 _MODULES = (
+    "multiprocessing.managers",
     "multiprocessing.synchronize",
     "multiprocessing.queues",
     "multiprocessing.sharedctypes",
@@ -91,18 +92,23 @@ class NotSharedError(PayloadError):
         self.element = element
 
 
-def reduce_shared(obj: Any, files: list[SharedFile] | None) -> Any:
+def reduce_shared(obj: Any, files: list[object] | None) -> Any:
     """Pickle an object that processes share.
 
     Args:
         obj: An object whose type ``is_shared_kind``.
-        files: List to which the files are appended that must be kept open; ``None`` if the process
-            that unpickles the object has no access to files of this one.
+        files: List to which the files are appended that must be kept open, and the proxies of
+            managers, whose objects end with the last proxy; ``None`` if the process that unpickles
+            the object has no access to files of this one.
 
     Raises:
         NotSharedError: If the object cannot be shared.
     """
     kind = type(obj)
+    if kind.__module__ == "multiprocessing.managers" or hasattr(kind, "_callmethod"):
+        if files is not None and hasattr(kind, "_callmethod"):
+            files.append(obj)
+        return NotImplemented
     if kind.__module__ == "tqdm.std":
         if kind.__name__ != "TqdmDefaultWriteLock":
             return NotImplemented
@@ -177,7 +183,7 @@ def _file_of(obj: Any, fd: int) -> SharedFile:
 class _Spawning:
     """Takes the place of a starting process, to which ``multiprocessing`` would pass files."""
 
-    def __init__(self, obj: object, files: list[SharedFile]) -> None:
+    def __init__(self, obj: object, files: list[object]) -> None:
         self._obj = obj
         self._files = files
 
@@ -191,7 +197,7 @@ class _Spawning:
 
 
 @contextmanager
-def _spawning(obj: object, files: list[SharedFile]) -> Iterator[None]:
+def _spawning(obj: object, files: list[object]) -> Iterator[None]:
     before = context.get_spawning_popen()
     context.set_spawning_popen(_Spawning(obj, files))  # type: ignore[arg-type]
     try:

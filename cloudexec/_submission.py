@@ -131,7 +131,7 @@ class Submitter:
 
     def _start_server(self) -> Driver:
         """Start the server; the lock is held."""
-        from cloudexec import _payload, _settings
+        from cloudexec import _module_state, _payload, _settings
         from cloudexec._functions import FunctionTable
         from cloudexec._objects.store import BlobStore
         from cloudexec._server.driver import Driver
@@ -150,7 +150,14 @@ class Submitter:
             for driver in started:
                 driver.post(number)
 
-        table = FunctionTable(on_end, store, is_near=not self.is_far)
+        state = _module_state.ModuleState()
+        if self._journal is None:
+            # A journal's results are found by the program's source and the call's arguments.
+            state = _module_state.collect()
+        setup["module_state"] = state.data
+        if self.is_far:
+            state = state._replace(places={})  # a module that reads local files fails there
+        table = FunctionTable(on_end, store, is_near=not self.is_far, modules=state)
         if self._initializer is not None:
             error: CloudexecError | None = None
             names: set[str] = set()

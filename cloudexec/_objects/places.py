@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import stat
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +14,13 @@ from cloudexec import _direct
 from cloudexec._descriptors import too_many_files
 from cloudexec._errors import PayloadError
 from cloudexec._memory import room_for
-from cloudexec._objects.segments import NAMED, PROC, map_file, map_private
+from cloudexec._objects.segments import NAMED, PROC, is_unwritten, map_file, map_private
 
 __all__ = [
     "BlobGoneError",
     "DirectSource",
     "FileSource",
+    "KeptSource",
     "Place",
     "is_descendant",
     "is_path_of",
@@ -180,6 +183,35 @@ class FileSource:
 
     def __del__(self) -> None:
         self.close()
+
+
+class KeptSource(FileSource):
+    """A blob in a file whose memory is mapped once for several loads.
+
+    Each load gets memory that nobody has written to and nobody else uses. Mapping large memory
+    again takes longer than looking whether that is so.
+
+    Args:
+        place: The blob's place.
+        kept: The memory of earlier loads, by the numbers of blobs.
+    """
+
+    def __init__(self, place: Place, kept: dict[int, Any]) -> None:
+        super().__init__(place)
+        self._kept = kept
+
+    def buffer(self) -> Any:
+        if not self._place.mappable:
+            return super().buffer()
+        memory = self._kept.pop(self._place.number, None)
+        if memory is None or sys.getrefcount(memory) > _NOT_USED or not is_unwritten(memory):
+            memory = super().buffer().obj
+        self._kept[self._place.number] = memory
+        return pickle.PickleBuffer(memory).raw()
+
+
+_NOT_USED = 2
+"""References to an object that only one variable refers to, as ``sys.getrefcount()`` counts."""
 
 
 class DirectSource:

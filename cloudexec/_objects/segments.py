@@ -16,6 +16,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from cloudexec._memory import address_of
 
@@ -30,6 +31,7 @@ __all__ = [
     "block_size",
     "first_difference",
     "map_file",
+    "is_unwritten",
     "map_private",
     "same_bytes",
     "sample_of",
@@ -295,6 +297,31 @@ def map_file(
 def map_private(fd: int, size: int, offset: int = 0) -> memoryview:
     """Map part of a file so that it can be written to, and nobody else sees what was written."""
     return map_file(fd, size, offset, private=True)
+
+
+def is_unwritten(memory: Any) -> bool:
+    """Return whether no page of a private mapping has been written to, as far as the system tells.
+
+    Args:
+        memory: The object of the view that ``map_private()`` has returned.
+
+    References:
+        Linux kernel documentation, "pagemap": bit 63, the page is in memory; bit 62, it is swapped
+        out; bit 61, it is a page of the file. A page that has been written to is none of the file.
+    """
+    if not isinstance(memory, ctypes.Array):
+        memory = (ctypes.c_ubyte * len(memory)).from_buffer(memory)
+    first = ctypes.addressof(memory) // mmap.PAGESIZE
+    last = (ctypes.addressof(memory) + len(memory) - 1) // mmap.PAGESIZE
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = file.read(8 * (last - first + 1))
+    except (OSError, ValueError):
+        return False
+    return len(entries) == 8 * (last - first + 1) and all(
+        bits >> 5 in (0b000, 0b101) for bits in set(entries[7::8])
+    )
 
 
 def read_into(fd: int, target: memoryview, offset: int) -> None:

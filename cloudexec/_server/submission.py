@@ -109,5 +109,6 @@ class Setup:
     sys_path: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
     settings: bytes = b""
+    module_state: bytes = b""
     modules: bytes = b""
     objects: ObjectOptions = ObjectOptions()

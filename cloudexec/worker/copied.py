@@ -8,6 +8,9 @@ the client has imported. Otherwise it behaves like a fresh interpreter:
   would for instance remove the client's temporary files.
 - Sockets, pipes and terminals are replaced by the null device, so that their other ends notice when
   the client closes them.
+- The script is there as it was at the fork, and what is sent of it takes the place of what it has.
+  Its classes stay the same objects, because libraries may know them: as keys of a table of
+  adapters, for instance. So may they know functions, which go on using the script's globals.
 - The user's own modules are imported anew by the slots that need them, as on other machines. This
   is tried first, because some modules register themselves with a library that accepts each name
   only once. If it fails, the zygote starts over as a fresh interpreter.
@@ -30,7 +33,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 
 __all__ = ["BEGUN", "ENDED", "MESSAGE", "serve_template"]
@@ -240,12 +243,33 @@ def _forget_modules() -> list[str]:
         is_ours = name.partition(".")[0] == "cloudexec" and name not in _STATELESS
         if name in own or is_ours or name == "__mp_main__":
             _kept.append(sys.modules.pop(name))
-    _kept.append(sys.modules["__main__"])
-    sys.modules["__main__"] = ModuleType("__main__")
+    former = sys.modules["__main__"]
+    _kept.append(former)
+    main: Any = ModuleType("__main__")
+    if type(former) is ModuleType:
+        _forget_what_is_imported(former, own)
+        main.__former__ = former  # for main_module.py
+    sys.modules["__main__"] = main
     sys.meta_path[:] = [
         each for each in sys.meta_path if not type(each).__module__.startswith("cloudexec")
     ]
     return own
+
+
+def _forget_what_is_imported(former: ModuleType, own: list[str]) -> None:
+    """Remove from the script what belongs to modules that are imported anew."""
+    gone = {*own, "__mp_main__"}
+    space = vars(former)
+    for name, value in list(space.items()):
+        at = value.__name__ if isinstance(value, ModuleType) else _module_of(value)
+        if at in gone or at.partition(".")[0] == "cloudexec":
+            _kept.append(space.pop(name))
+
+
+def _module_of(value: object) -> str:
+    named = value if isinstance(value, (FunctionType, type)) else type(value)
+    module = named.__module__
+    return module if isinstance(module, str) else ""
 
 
 def _forget_loop() -> None:

@@ -10,7 +10,7 @@ import os
 import threading
 from struct import Struct
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from cloudexec._objects.segments import map_file
 from cloudexec.worker.frames import (
@@ -111,6 +111,8 @@ class _Output(io.RawIOBase):
     def __init__(self, outlet: Outlet, stream: int) -> None:
         self._outlet = outlet
         self._stream = stream
+        self.name = "<stderr>" if stream == 2 else "<stdout>"
+        self.mode = "wb"
 
     def writable(self) -> bool:
         return True
@@ -133,4 +135,6 @@ def text_stream(outlet: Outlet, stream: int) -> io.TextIOWrapper:
     """Return the stream that a task has as ``sys.stdout`` (1) or ``sys.stderr`` (2)."""
     buffer = io.BufferedWriter(_Output(outlet, stream), _OUTPUT_BYTES)
     errors = "backslashreplace" if stream == 2 else "surrogateescape"
-    return io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=True)
+    text: Any = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=True)
+    text.mode = "w"
+    return cast("io.TextIOWrapper", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import multiprocessing.resource_tracker  # noqa: F401 (here, before slots are forked)
@@ -15,12 +16,19 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cloudexec import _logs, _nesting, _payload, _records, _settings, _sharing
+from cloudexec import _logs, _module_state, _nesting, _payload, _records, _settings, _sharing
 from cloudexec._anew import set_process_number
 from cloudexec._describing import describe, if_not_found, is_a
 from cloudexec._errors import NestingError, PayloadError
 from cloudexec._forked import end_child
-from cloudexec._objects.places import BlobGoneError, DirectSource, FileSource, Place, unpack_places
+from cloudexec._objects.places import (
+    BlobGoneError,
+    DirectSource,
+    FileSource,
+    KeptSource,
+    Place,
+    unpack_places,
+)
 from cloudexec.worker import frames
 from cloudexec.worker.frames import (
     COMPOSED,
@@ -190,6 +198,7 @@ class Slot:
         os.environ[_nesting.DEPTH] = str(setup["depth"])
         paths = self._paths
         paths.direct_path = setup["direct_path"]
+        self._main.is_near = bool(paths.direct_path)
         paths.token = bytes.fromhex(setup["token"])
         if paths.direct_path:
             _sharing.ask(paths.direct_path, paths.token)
@@ -206,6 +215,7 @@ class Slot:
             setattr(sys, f"__{name}__", text)
         forwarded = bool(setup["inheritance"].get("logging"))
         _settings.apply(bytes.fromhex(setup["settings"]), handlers=not forwarded)
+        _module_state.apply(bytes.fromhex(setup["inheritance"].get("modules", "")))
 
     def _on_initializer(self, number: int, body: bytes) -> None:
         try:
@@ -233,7 +243,9 @@ class Slot:
         if names and names != ["*"]:
             self._functions[number] = self._definition(number, names, module, pickled, composed)
             return
-        load = self._load_composed if composed else _loads
+        load: Callable[[bytes], Any] = self._load_composed if composed else _loads
+        if fresh and composed:
+            load = functools.partial(self._load_composed, kept={})
         self._functions[number] = _Pickled(pickled, load, needs, fresh=bool(fresh))
 
     def _definition(
@@ -251,9 +263,17 @@ class Slot:
     # Large payloads.
 
     def _load_composed(
-        self, data: bytes | memoryview, unpickler: type[pickle.Unpickler] = pickle.Unpickler
+        self,
+        data: bytes | memoryview,
+        unpickler: type[pickle.Unpickler] = pickle.Unpickler,
+        kept: dict[int, Any] | None = None,
     ) -> Any:
         """Unpickle places of blobs and the head that refers to them.
+
+        Args:
+            data: The places and the head.
+            unpickler: Class of the unpickler.
+            kept: Memory of earlier loads of the same, which may be used again.
 
         Raises:
             BlobGoneError: If the process that held a blob is gone.
@@ -261,14 +281,14 @@ class Slot:
         """
         places, at = unpack_places(data)
         found = {place.number: place for place in places}
-        source = lambda number: self._source(found[number])  # noqa: E731
+        source = lambda number: self._source(found[number], kept)  # noqa: E731
         return _records.load_composed(data[at:], source, unpickler)
 
-    def _source(self, place: Place) -> Any:
+    def _source(self, place: Place, kept: dict[int, Any] | None) -> Any:
         if not place.path:
             return DirectSource(place, self._paths.direct_path, self._paths.token)
         try:
-            return FileSource(place)
+            return FileSource(place) if kept is None else KeptSource(place, kept)
         except OSError as exc:
             if self._paths.direct_path:
                 # The file is gone, or may not be opened in this sandbox: ask the client for it.

@@ -356,12 +356,12 @@ def test_events_semaphores_and_barriers(sees: Sees) -> None:
     assert sees(barrier, pass_it) == (0, 1, 7, False)
 
 
-def test_local_starts_anew_in_each_thread(sees: Sees) -> None:
+def test_local_has_what_this_thread_has_set_and_can_be_pickled(sees: Sees) -> None:
     plain, named = threading.local(), Named("n", size=2)
-    plain.value = 1
+    plain.value, plain.lock = 1, threading.Lock()
     named.name = "changed"
-    assert sees(plain, lambda local: hasattr(local, "value")) is False
-    assert sees(named, lambda local: (local.name, local.size)) == ("n", 2)
+    assert sees(plain, lambda local: (local.value, hasattr(local, "lock"))) == (1, False)
+    assert sees(named, lambda local: (local.name, local.size)) == ("changed", 2)
 
 
 def test_thread_that_has_not_started_can_start(sees: Sees) -> None:

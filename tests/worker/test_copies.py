@@ -77,8 +77,10 @@ def test_installed_modules_of_the_client_are_there_and_the_settings_of_these(
 
 
 def test_the_own_modules_of_the_program_are_imported_anew(tmp_path: Path) -> None:
-    """As in a worker elsewhere: what the program has set in them is not there."""
-    (tmp_path / "mine.py").write_text("value, where = 1, __import__('os').getpid()\n")
+    """As in a worker elsewhere: with what the program has set in them, but without its objects."""
+    (tmp_path / "mine.py").write_text(
+        "import os\nvalue = 1\ndef where(pid=os.getpid()): return pid\n"
+    )
     found = run_script(
         tmp_path,
         """
@@ -91,14 +93,72 @@ def test_the_own_modules_of_the_program_are_imported_anew(tmp_path: Path) -> Non
         def look():
             had = "mine" in sys.modules
             import mine as here
-            return "numpy" in sys.modules, here.value, here.where == os.getpid()
+            return "numpy" in sys.modules, here.value, here.where() == os.getpid()
 
         if __name__ == "__main__":
             with BatchExecutor(1) as executor:
                 print(executor.submit(look).result())
         """,
     )
-    assert found == ["(True, 1, True)"]
+    assert found == ["(True, 2, True)"]
+
+
+def test_what_libraries_know_of_the_script_is_of_the_script_that_tasks_see(tmp_path: Path) -> None:
+    """Its classes as keys of registries, its functions as methods: the same ones, not copies."""
+    found = run_script(
+        tmp_path,
+        """
+        import copyreg, enum, fractions, numbers, pickle, sqlite3
+        from cloudexec import BatchExecutor
+
+        class Point:
+            def __init__(self, x):
+                self.x = x
+
+        class Color(enum.Enum):
+            RED = 1
+
+        class Slotted:
+            __slots__ = ("x",)
+
+        calls = 0
+
+        def count(self):
+            global calls
+            calls += 1
+            return calls
+
+        fractions.Fraction.count = count
+        numbers.Number.register(Point)
+        sqlite3.register_adapter(Point, lambda point: point.x)
+        sqlite3.register_adapter(Color, lambda color: color.value)
+        sqlite3.register_adapter(Slotted, lambda _: 3)
+        copyreg.pickle(Point, lambda point: (Point, (point.x + 100,)))
+        table = list(range(100_000))
+
+        def look():
+            row = sqlite3.connect(":memory:").execute(
+                "select ?, ?, ?", (Point(7), Color.RED, Slotted())
+            )
+            return (
+                row.fetchone(),
+                isinstance(Point(1), numbers.Number),
+                pickle.loads(pickle.dumps(Point(1))).x,
+                (fractions.Fraction(1).count(), calls),
+                len(globals()["ta" + "ble"]),
+            )
+
+        if __name__ == "__main__":
+            with BatchExecutor(1) as executor:
+                print(executor.submit(look).result())
+                Point.extra = 5
+                print(executor.submit(look).result()[0], executor.submit(Point(1)).exception())
+        """,
+    )
+    assert found == [
+        "((7, 1, 3), True, 101, (1, 1), 100000)",
+        "(7, 1, 3) 'Point' object is not callable",
+    ]
 
 
 def test_nothing_of_the_client_is_finished_off_in_a_worker(tmp_path: Path) -> None:

@@ -279,13 +279,15 @@ def _inheritance(service: Service) -> bytes:
     import multiprocessing
 
     process: Any = multiprocessing.current_process()
-    inheritance = {
+    inheritance: dict[str, Any] = {
         "max_workers": service.setup.max_workers,
         "identity": process._identity,
         "name": process.name,
     }
     if service.setup.forward_logs:
         inheritance["logging"] = state_of_logging()
+    if service.setup.module_state:
+        inheritance["modules"] = service.setup.module_state.hex()
     return json.dumps(inheritance).encode()
 
 

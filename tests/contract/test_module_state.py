@@ -1,0 +1,176 @@
+"""What a program sets in its own modules holds in its tasks, as in those of a process pool."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_CONFIG = """
+import dataclasses
+import os
+import random
+import sqlite3
+
+rate = 1
+names = []
+table = {"a": 1}
+draws = random.Random()
+
+
+@dataclasses.dataclass
+class Settings:
+    debug: bool = False
+    limits = {"most": 1}
+
+
+settings = Settings()
+
+
+def set_up(rate_):
+    global rate
+    rate = rate_
+    names.append("set up")
+    table["b"] = 2
+    settings.debug = True
+    Settings.limits["most"] = 9
+
+
+def look():
+    return rate, names, table, settings.debug, Settings.limits["most"]
+"""
+_STORE = """
+import sqlite3
+
+opened = False
+connection = None
+
+
+def open_it():
+    global opened, connection
+    if not opened:
+        connection, opened = sqlite3.connect(":memory:"), True
+    return connection.execute("select 7").fetchone()
+"""
+_PROGRAM = """
+import sys
+import config
+import store
+from config import names, settings
+from work import look
+from cloudexec import BatchExecutor
+
+config.set_up(5)
+store.open_it()
+config.added = (1, 2)
+
+def same(_):
+    return names is config.names, settings is config.settings, config.added, settings.debug
+
+if __name__ == "__main__":
+    config.rate = 6
+    with BatchExecutor(2, preload=sys.argv[1] == "copy") as executor:
+        print(executor.submit(look).result())
+        print(list(executor.map(same, [0])))
+        print(executor.submit(store.open_it).result())
+        print(executor.submit(config.set_up, 7).result(), config.rate)
+        draws = [executor.submit(config.draws.random).result() for _ in range(2)]
+"""
+
+_REGISTRY = """
+REGISTERED, HOOKS, helper = {}, [], None
+
+
+def register(function):
+    REGISTERED[function.__name__] = function
+    return function
+
+
+def run(name, x):
+    return REGISTERED[name](x)
+
+
+class Plugin:
+    kinds = []
+
+    def __init_subclass__(cls, **_):
+        Plugin.kinds.append(cls.__name__)
+
+
+class Job:
+    def run(self, x):
+        return x
+"""
+_REGISTERING = """
+import registry
+from registry import HOOKS, Job, Plugin, register, run
+from cloudexec import BatchExecutor
+
+count = 0
+
+@register
+def counted(x):
+    global count
+    count += x
+    return count
+
+class Hook(Plugin):
+    name = "hook"
+
+HOOKS.append(Hook())
+registry.helper = counted
+Job.run = lambda self, x: ("patched", x)
+
+def look(x):
+    run("counted", x)
+    registry.helper(x)
+    return count, Plugin.kinds, Job().run(x)
+
+def same(_):
+    return HOOKS is registry.HOOKS, type(HOOKS[0]) is Hook
+
+if __name__ == "__main__":
+    with BatchExecutor(1) as executor:
+        print(executor.submit(look, 1).result())
+        print(executor.submit(run, "counted", 5).result())
+        print(list(executor.map(same, [0])))
+"""
+
+
+def test_what_a_program_registers_in_its_own_modules_is_there_in_tasks(tmp_path: Path) -> None:
+    """Functions, classes and objects of the script, as the same ones that tasks know."""
+    (tmp_path / "registry.py").write_text(_REGISTRY)
+    assert _run(tmp_path, _REGISTERING) == [
+        "(2, ['Hook'], ('patched', 1))",
+        "7",
+        "[(True, True)]",
+    ]
+
+
+def _run(tmp_path: Path, program: str, *arguments: str) -> list[str]:
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("way", ["copy", "fresh"])
+def test_what_a_program_sets_in_its_own_modules_holds_in_tasks(tmp_path: Path, way: str) -> None:
+    """Globals, what they hold, and class attributes; and not half of what cannot be sent whole."""
+    (tmp_path / "config.py").write_text(_CONFIG)
+    (tmp_path / "store.py").write_text(_STORE)
+    (tmp_path / "work.py").write_text("from config import look\n")
+    assert _run(tmp_path, _PROGRAM, way) == [
+        "(6, ['set up'], {'a': 1, 'b': 2}, True, 9)",
+        "[(True, True, (1, 2), True)]",
+        "(7,)",
+        "None 6",
+    ]
