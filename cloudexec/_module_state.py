@@ -95,16 +95,29 @@ class _Bounded(io.BytesIO):
         return super().write(data)
 
 
-def _dumps(value: Any, own: frozenset[str]) -> tuple[bytes | None, bool]:
-    """Return the pickle of a value, or ``None``; and whether the script is the reason for that."""
-    with _Bounded() as file:
+class _Dumper:
+    """Pickles values one by one, each as if it were the only one.
+
+    Args:
+        own: Names of the user's own modules.
+    """
+
+    def __init__(self, own: frozenset[str]) -> None:
+        self._file = _Bounded()
+        self._pickler = _Pickler(self._file, own)
+
+    def dumps(self, value: Any) -> tuple[bytes | None, bool]:
+        """Return the pickle of a value, or ``None``; and whether the script is the reason."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._pickler.clear_memo()
         try:
-            _Pickler(file, own).dump(value)
+            self._pickler.dump(value)
         except _OfScriptError:
             return None, True
         except Exception:
             return None, False
-        return file.getvalue(), False
+        return self._file.getvalue(), False
 
 
 class ModuleState(NamedTuple):
@@ -136,7 +149,7 @@ class ModuleState(NamedTuple):
         place = self.find(obj)
         if place is None:
             return obj
-        now, has_script = _dumps(obj, frozenset(own_modules()))
+        now, has_script = _Dumper(frozenset(own_modules())).dumps(obj)
         if has_script:
             return OfScript(place, obj)
         if now is None:
@@ -166,20 +179,25 @@ class OfScript:
 
 def collect() -> ModuleState:
     """Return the data in the user's own modules. It raises no exception."""
-    own = frozenset(own_modules())
+    own = own_modules()
+    contents = [(name, list(_values(sys.modules.get(name)))) for name in own]
+    texts = (value for _, values in contents for _, value in values if type(value) in (bytes, str))
+    size = sum(len(value) for value in texts if len(value) <= _MOST_BYTES)
+    dumper = _Dumper(frozenset(own))
     found: list[tuple[str, list[tuple[Place, str, Any]]]] = []
     places: dict[int, tuple[Place, bytes]] = {}
     of_script: list[Place] = []
-    size = 0
-    for name in own:
+    for name, values in contents:
+        if size > _MOST_BYTES:
+            break
         entries: list[tuple[Place, str, Any]] = []
-        for place, value in _values(sys.modules.get(name)):
+        for place, value in values:
             kind = type(value)
-            if kind in _ATOMS:
-                data = value
-                size += len(value) if kind is str or kind is bytes else 8
-            else:
-                pickled, has_script = _dumps(value, own)
+            data: Any = value
+            if kind in (bytes, str):
+                data = value if len(value) <= _MOST_BYTES else _Unsent()
+            elif kind not in _ATOMS:
+                pickled, has_script = dumper.dumps(value)
                 if has_script:
                     of_script.append((name, *place))
                     if not isinstance(value, _CODE):
@@ -196,7 +214,9 @@ def collect() -> ModuleState:
     if size > _MOST_BYTES:
         _log.debug("what the program has set in its own modules is too large to be sent")
         return ModuleState()
-    return ModuleState(pickle.dumps((own, found), 5) if found else b"", places, of_script)
+    return ModuleState(
+        pickle.dumps((frozenset(own), found), 5) if found else b"", places, of_script
+    )
 
 
 class _Unsent:
@@ -218,11 +238,16 @@ def _values(module: ModuleType | None) -> Iterator[tuple[Place, Any]]:
     """Yield the globals of a module, and the data among its classes' attributes."""
     own = getattr(module, "__name__", "")
     for name, value in list(getattr(module, "__dict__", {}).items()):
-        if name.startswith("__") or isinstance(value, ModuleType):
+        if name.startswith("__"):
             continue
-        if not isinstance(value, _CODE) or getattr(value, "__module__", "") in NAMES:
+        kind = type(value)
+        if kind in _ATOMS:
             yield (name,), value
-        elif type(value) in (type, ABCMeta) and value.__module__ == own and value.__name__ == name:
+        elif isinstance(value, ModuleType):
+            continue
+        elif not isinstance(value, _CODE) or getattr(value, "__module__", "") in NAMES:
+            yield (name,), value
+        elif kind in (type, ABCMeta) and value.__module__ == own and value.__name__ == name:
             for attribute, each in list(vars(value).items()):
                 if not attribute.startswith("__") and _is_set(each):
                     yield (name, attribute), each
@@ -251,6 +276,7 @@ def apply(data: bytes) -> None:
 
 def _set(name: str, entries: list[tuple[Place, str, Any]], own: frozenset[str]) -> None:
     changes: list[tuple[Any, str, Any, Any]] = []
+    dumper = _Dumper(own)
     try:
         for place, kind, data in entries:
             holder = at(*place[:-1])
@@ -260,7 +286,7 @@ def _set(name: str, entries: list[tuple[Place, str, Any]], own: frozenset[str]) 
                     _log.debug("%s stays as imported: %s cannot be sent", name, ".".join(place))
                     return
             elif type(data) is _Pickled:
-                if here is _ABSENT or _dumps(here, own)[0] != data.data:
+                if here is _ABSENT or dumper.dumps(here)[0] != data.data:
                     changes.append((holder, place[-1], here, pickle.loads(data.data)))
             elif type(here) is not type(data) or here != data:
                 changes.append((holder, place[-1], here, data))

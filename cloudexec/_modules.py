@@ -42,19 +42,26 @@ def installed_directories() -> tuple[str, ...]:
     return tuple(os.path.realpath(path) + os.sep for path in found)
 
 
+_known: dict[tuple[str, ...], dict[str, bool]] = {}
+"""Whether a file, or a directory, is one of installed modules, by the directories of such."""
+
+
 def _recognizer() -> Callable[[str], bool]:
     """Return a function that says whether a file is that of an installed module.
 
     It resolves the links of each directory once: programs have thousands of modules.
     """
     installed = installed_directories()
-    places: dict[str, bool] = {}
+    known = _known.setdefault(installed, {})
 
     def is_installed(path: str) -> bool:
-        directory = os.path.dirname(path)
-        if directory not in places:
-            places[directory] = (os.path.realpath(directory) + os.sep).startswith(installed)
-        return places[directory]
+        found = known.get(path)
+        if found is None:
+            directory = os.path.dirname(path) + os.sep
+            if directory not in known:
+                known[directory] = (os.path.realpath(directory) + os.sep).startswith(installed)
+            found = known[path] = known[directory]
+        return found
 
     return is_installed
 
@@ -68,10 +75,12 @@ def own_modules() -> list[str]:
     is_installed = _recognizer()
     found = []
     for name, module in list(sys.modules.items()):
+        where = getattr(module, "__file__", None)
+        if type(where) is str and is_installed(where):
+            continue
         top = name.partition(".")[0]
         if top in sys.stdlib_module_names or top in ("__main__", "__mp_main__", "cloudexec"):
             continue
-        where = getattr(module, "__file__", None)
         paths = [where] if where else [f"{path}/" for path in getattr(module, "__path__", ())]
         if paths and not any(isinstance(path, str) and is_installed(path) for path in paths):
             found.append(name)
