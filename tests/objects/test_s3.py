@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import errno
+import gc
 import hashlib
 import http.client
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio.base_subprocess import BaseSubprocessTransport
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -799,6 +801,10 @@ def test_cancelled_client_does_not_wait_for_a_signature(
         assert time.monotonic() - since < 5
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid.read_text()), signal.SIGKILL)
+        # The AWS SDK leaves the program's pipes open when it is cancelled.
+        for each in gc.get_objects():
+            if isinstance(each, BaseSubprocessTransport):
+                each.close()
 
     play(aws, scenario, close=False)
 
