@@ -212,8 +212,7 @@ def collect() -> ModuleState:
         if entries:
             found.append((name, entries))
     if size > _MOST_BYTES:
-        _log.debug("what the program has set in its own modules is too large to be sent")
-        return ModuleState()
+        return ModuleState(pickle.dumps((frozenset(own), None), protocol=5))
     return ModuleState(
         pickle.dumps((frozenset(own), found), 5) if found else b"", places, of_script
     )
@@ -266,6 +265,9 @@ def apply(data: bytes) -> None:
     if not data:
         return
     own, found = pickle.loads(data)
+    if found is None:
+        _log.debug("what the program has set in its own modules is too large to be sent")
+        return
     # What hooks of these modules have done when the script's classes were made is carried over.
     hooked.update(
         name for name, entries in found if not any(type(data) is _Unsent for _, _, data in entries)

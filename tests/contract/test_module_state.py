@@ -174,3 +174,34 @@ def test_what_a_program_sets_in_its_own_modules_holds_in_tasks(tmp_path: Path, w
         "(7,)",
         "None 6",
     ]
+
+
+def test_modules_with_too_much_stay_as_they_are_imported(tmp_path: Path) -> None:
+    """Nothing is logged for that in the program's thread, where a handler could interrupt it."""
+    (tmp_path / "tables.py").write_text(
+        "rate = 1\n" + "".join(f"table{i} = 'x' * 300_000\n" for i in range(4))
+    )
+    (tmp_path / "program.py").write_text(
+        "import logging, tables\n"
+        "from cloudexec import BatchExecutor\n"
+        "class Handler(logging.Handler):\n"
+        "    def emit(self, record):\n"
+        "        raise KeyboardInterrupt\n"
+        "def rate():\n"
+        "    return tables.rate\n"
+        "if __name__ == '__main__':\n"
+        "    tables.rate = 5\n"
+        "    logging.getLogger('cloudexec').addHandler(Handler())\n"
+        "    logging.getLogger('cloudexec').setLevel(logging.DEBUG)\n"
+        "    with BatchExecutor(1) as executor:\n"
+        "        print(executor.submit(rate).result(60))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1\n"
