@@ -39,6 +39,9 @@ _HAND_OVER = 30.0
 """Seconds that a worker without tasks waits for the client to take the results that it keeps."""
 _COME_BACK = 5.0
 """Seconds that a worker which its platform ends waits for a client that is not connected."""
+_ENROLS = 1.0
+"""Seconds in which the answer to a worker that asks to be let in may come when its platform ends
+it: the client may have let it in already."""
 
 
 async def run_worker(address: Address, zygote: socket.socket) -> bool:
@@ -61,8 +64,18 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
             f"{address.slots} slot{'s' * (address.slots != 1)}; dialing {address.shown}"
         )
     session = Session(address)
-    await dial(address, session.enrol, address.patience)
     ends: asyncio.Queue[str] = asyncio.Queue()
+    told = asyncio.Event()
+
+    def on_sigterm() -> None:
+        ends.put_nowait("sigterm")
+        told.set()
+
+    # From here on, as the client may give this worker tasks before this process knows that it is
+    # enrolled. They are handed back then.
+    loop.add_signal_handler(signal.SIGTERM, on_sigterm)
+    if not await _enrolled(address, session, told):
+        return True
     address.say(f"enrolled as {session.welcome.worker_id}")
     modules = ""
     if session.welcome.modules:
@@ -90,12 +103,10 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
     introduce(blobs, welcome.initializer_blobs)
     introduce(blobs, welcome.function_blobs)
 
-    def on_sigterm() -> None:
-        ends.put_nowait("sigterm")
+    async def reclaim() -> None:
+        await told.wait()
         if address.drain_grace is not None:
             loop.call_later(address.drain_grace, pool.reclaim, address.session)
-
-    loop.add_signal_handler(signal.SIGTERM, on_sigterm)
 
     def on_bug(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         # A callback has failed, so this process is in an unknown state. It ends, and the client
@@ -124,6 +135,7 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         loop.create_task(converse()),
         loop.create_task(session.beat()),
         loop.create_task(watch_client()),
+        loop.create_task(reclaim()),
     ]
     asked = reclaimed = False
     lost = ""
@@ -182,6 +194,38 @@ async def run_worker(address: Address, zygote: socket.socket) -> bool:
         kind = LaunchError if lost == "gone" else ClientGoneError
         raise kind("the connection to the client was lost")
     return reclaimed
+
+
+async def _enrolled(address: Address, session: Session, told: asyncio.Event) -> bool:
+    """Dial until this worker is enrolled; return false if its platform ends it before that.
+
+    Raises:
+        Exception: As ``dial``.
+    """
+    asks = False
+
+    async def enrol(channel: Any) -> None:
+        nonlocal asks
+        asks = True
+        try:
+            await session.enrol(channel)
+        finally:
+            asks = False
+
+    dialing = asyncio.ensure_future(dial(address, enrol, address.patience))
+    telling = asyncio.ensure_future(told.wait())
+    both: set[asyncio.Future[Any]] = {dialing, telling}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not dialing.done() and asks:
+            await asyncio.wait({dialing}, timeout=_ENROLS)
+        if dialing.done():
+            dialing.result()
+        return dialing.done()
+    finally:
+        telling.cancel()
+        dialing.cancel()
+        await asyncio.gather(telling, dialing, return_exceptions=True)
 
 
 async def _last_words(session: Session, ends: asyncio.Queue[str], *, presses: bool) -> str:

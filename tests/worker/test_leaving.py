@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,15 @@ _KEY = bytes(range(32))
 class _Client:
     """Lets a worker in, acknowledges what it says, and stops short of closing the session."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, has_modules: bool) -> None:
+        self.has_modules = has_modules
+        self.returned: list[int] = []
+        self.fetched = threading.Event()
+        self.sent = threading.Event()
         self.ready = threading.Event()
         self.goodbye = threading.Event()
         self.over = threading.Event()
-        self.server = serve_sessions(path, self._session)
+        self.server = serve_sessions(path, self._session, self._fetch)
 
     def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         hello = pb.WorkerMessage.FromString(next(requests)).hello
@@ -45,31 +51,45 @@ class _Client:
             min_slots=1,
             idle_timeout=-1.0,
             resumable=True,
+            modules=self.has_modules,
         )
         yield pb.ServerMessage(welcome=welcome).SerializeToString()
+        if self.has_modules:
+            given = pb.Tasks(
+                leases=[7], functions=[0], payloads=[b"not read"], numbers=[1], estimates=[0.1]
+            )
+            yield pb.ServerMessage(number=1, tasks=given).SerializeToString()
         for data in requests:
             message = pb.WorkerMessage.FromString(data)
             if message.number:
                 yield pb.ServerMessage(received=message.number).SerializeToString()
+            self.returned += message.returned
             if message.ready:
                 self.ready.set()
             if message.goodbye:
                 self.goodbye.set()
                 self.over.wait()
 
+    def _fetch(self, request: bytes, context: Any) -> Iterator[bytes]:
+        """Send an archive with no modules, once the test lets it."""
+        self.fetched.set()
+        self.sent.wait(30)
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w"):
+            pass
+        yield pb.Chunk(data=archive.getvalue()).SerializeToString()
+
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[_Client]:
-    client = _Client(tmp_path / "s")
+def client(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[_Client]:
+    client = _Client(tmp_path / "s", has_modules=getattr(request, "param", False))
     yield client
     client.over.set()
     client.server.stop(None).wait()
 
 
-def test_a_worker_that_is_wanted_back_does_not_wait_for_a_client_that_has_all(
-    client: _Client, tmp_path: Path
-) -> None:
-    """Its platform would kill it, and take that for another end than it was."""
+@pytest.fixture
+def worker(client: _Client, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     worker = subprocess.Popen(
         [sys.executable, "-m", "cloudexec.worker"],
         env={
@@ -83,11 +103,29 @@ def test_a_worker_that_is_wanted_back_does_not_wait_for_a_client_that_has_all(
         },
         stdin=subprocess.DEVNULL,
     )
-    try:
-        assert client.ready.wait(30)
-        worker.send_signal(signal.SIGTERM)
-        assert client.goodbye.wait(20)
-        assert worker.wait(20) == 128 + signal.SIGTERM
-    finally:
-        worker.kill()
-        worker.wait()
+    yield worker
+    worker.kill()
+    worker.wait()
+
+
+def test_a_worker_that_is_wanted_back_does_not_wait_for_a_client_that_has_all(
+    client: _Client, worker: subprocess.Popen[bytes]
+) -> None:
+    """Its platform would kill it, and take that for another end than it was."""
+    assert client.ready.wait(30)
+    worker.send_signal(signal.SIGTERM)
+    assert client.goodbye.wait(20)
+    assert worker.wait(20) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("client", [True], indirect=True)
+def test_a_worker_that_is_wanted_back_before_it_is_ready_hands_its_tasks_back(
+    client: _Client, worker: subprocess.Popen[bytes]
+) -> None:
+    """The client may have sent it some since it is enrolled, and they have not begun."""
+    assert client.fetched.wait(30)
+    worker.send_signal(signal.SIGTERM)
+    client.sent.set()
+    assert client.goodbye.wait(20)
+    assert client.returned == [7]
+    assert worker.wait(20) == 128 + signal.SIGTERM
