@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,13 @@ from cloudexec.testing import FakeAWS
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 IMAGE = f"registry.example/worker@sha256:{'0' * 64}"
+
+
+def row(run: Callable[..., subprocess.CompletedProcess[str]], name: str) -> dict[str, Any]:
+    """Return what `cloudexec runs` says of the one run of a name."""
+    rows: list[dict[str, Any]] = json.loads(run("runs", "--json").stdout)
+    (found,) = (each for each in rows if each["name"] == name)
+    return found
 
 
 async def _set_up(options: SetupOptions) -> Profile:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, asked, eventually, left_nothing
+from run_helpers import account, asked, eventually, left_nothing, row
 
 from cloudexec import ConfigError, Run
 from cloudexec._aws.clients import AwsClients
@@ -51,13 +51,6 @@ def _nothing_is_left(aws: FakeAWS) -> Iterator[None]:
     aws.clear_requests()
     yield
     left_nothing(aws, within=20.0)
-
-
-def row(run: Command, name: str) -> dict[str, object]:
-    """Return what `cloudexec runs` says of a run."""
-    rows = json.loads(run("runs", "--json").stdout)
-    found: dict[str, object] = next(each for each in rows if each["name"] == name)
-    return found
 
 
 def console(aws: FakeAWS) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, eventually, left_nothing
+from run_helpers import account, eventually, left_nothing, row
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.profile import Profile
@@ -42,13 +42,6 @@ def _nothing_is_left(aws: FakeAWS) -> Iterator[None]:
     aws.clear_requests()
     yield
     left_nothing(aws, within=20.0)
-
-
-def row(run: Run, name: str) -> dict[str, object]:
-    """Return what `cloudexec runs` says of a run."""
-    rows = json.loads(run("runs", "--json").stdout)
-    found: dict[str, object] = next(each for each in rows if each["name"] == name)
-    return found
 
 
 def asks(aws: FakeAWS) -> list[str]:

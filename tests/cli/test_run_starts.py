@@ -17,7 +17,7 @@ from typing import Any
 
 import boto3
 import pytest
-from run_helpers import account, asked, eventually, left_nothing
+from run_helpers import account, asked, eventually, left_nothing, row
 
 import cloudexec
 from cloudexec import AwsError, ConfigError, Run
@@ -57,12 +57,6 @@ def objects(name: str) -> list[str]:
     bucket, prefix = Profile.load("default").bucket, f"cloudexec/runs/{name}/"
     listed = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix)
     return [each["Key"].removeprefix(prefix) for each in listed.get("Contents", ())]
-
-
-def row(run: Command, name: str) -> dict[str, object]:
-    """Return what ``cloudexec runs`` says of a run."""
-    (found,) = (each for each in json.loads(run("runs", "--json").stdout) if each["name"] == name)
-    return dict(found)
 
 
 @pytest.mark.parametrize("resumes", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, eventually, left_nothing
+from run_helpers import account, eventually, left_nothing, row
 
 from cloudexec._aws.profile import Profile
 from cloudexec.testing import FakeAWS
@@ -36,12 +35,6 @@ def _nothing_is_left(aws: FakeAWS) -> Iterator[None]:
     aws.clear_requests()
     yield
     left_nothing(aws)
-
-
-def row(run: Run, name: str) -> dict[str, object]:
-    """Return what ``cloudexec runs`` says of a run."""
-    (found,) = (each for each in json.loads(run("runs", "--json").stdout) if each["name"] == name)
-    return dict(found)
 
 
 def objects(name: str) -> list[str]:
