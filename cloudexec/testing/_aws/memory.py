@@ -6,14 +6,14 @@ import os
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import psutil
 
 __all__ = ["MemoryWatcher", "Tree"]
 
 INTERVAL = 0.2
-"""Seconds between two measurements. One costs about 30 microseconds per process of the machine."""
+"""Seconds between two measurements."""
 
 
 class Tree:
@@ -25,6 +25,25 @@ class Tree:
         # Processes that left the main process's session, with their start times, because the system
         # reuses process ids.
         self._seen: dict[int, float] = {}
+        self._members: dict[int, psutil.Process] = {}
+
+    def members(self, children: Mapping[int, Sequence[int]]) -> list[psutil.Process]:
+        """Return the processes that are in the tree now, given the children of each process."""
+        found: dict[int, psutil.Process] = {}
+        waiting = [self.pid]
+        while waiting:
+            pid = waiting.pop()
+            process = self._members.get(pid)
+            if process is None:
+                try:
+                    process = psutil.Process(pid)
+                except psutil.Error:
+                    continue
+            found[pid] = process
+            waiting.extend(children.get(pid, ()))
+        self._members = found
+        self.see(found.values())
+        return list(found.values())
 
     def see(self, processes: Iterable[psutil.Process]) -> None:
         """Note members of the tree."""
@@ -93,20 +112,9 @@ class MemoryWatcher:
                 self._look(limits)
 
     def _look(self, limits: dict[Tree, int]) -> None:
-        children: dict[int, list[psutil.Process]] = defaultdict(list)
-        by_pid = {}
-        for process in psutil.process_iter(["ppid"]):
-            children[process.info["ppid"]].append(process)
-            by_pid[process.pid] = process
+        children = _children()
         for tree, limit in limits.items():
-            members = []
-            waiting = [by_pid[tree.pid]] if tree.pid in by_pid else []
-            while waiting:
-                process = waiting.pop()
-                members.append(process)
-                waiting.extend(children[process.pid])
-            tree.see(members)
-            self._check(tree, members, limit)
+            self._check(tree, tree.members(children), limit)
 
     def _check(self, tree: Tree, members: list[psutil.Process], limit: int) -> None:
         sizes = {process: _resident(process) for process in members}
@@ -126,6 +134,28 @@ class MemoryWatcher:
                 largest.kill()
             except psutil.Error:
                 pass
+
+
+def _children() -> Mapping[int, Sequence[int]]:
+    """Return the children of each process of this machine that has some."""
+    found: dict[int, list[int]] = defaultdict(list)
+    if not os.path.exists("/proc/self/stat"):
+        for process in psutil.process_iter(["ppid"]):
+            found[process.info["ppid"]].append(process.pid)
+        return found
+    # A fifth of the time that psutil takes, as no object is made for each process.
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
+                words = file.read(1024)
+        except OSError:
+            continue  # it has ended
+        # Behind the program's name, which may have any character: state, parent.
+        parent = int(words[words.rindex(b")") + 1 :].split(None, 2)[1])
+        found[parent].append(int(name))
+    return found
 
 
 def _resident(process: psutil.Process) -> int:
