@@ -201,3 +201,16 @@ def test_garbage_is_collected_in_tasks(preload: list[str]) -> None:
     """It is not while a worker imports modules."""
     with BatchExecutor(1, preload=preload) as executor:
         assert executor.submit(gc.isenabled).result(30)
+
+
+def _tls_of_asyncio() -> bool:
+    import asyncio
+
+    return asyncio.sslproto.ssl is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("preload", [[], ["asyncio"]])
+def test_tasks_have_an_asyncio_with_tls(preload: list[str]) -> None:
+    """The process above them imports its own without."""
+    with BatchExecutor(1, preload=preload) as executor:
+        assert executor.submit(_tls_of_asyncio).result(30)
