@@ -169,6 +169,9 @@ def pack_modules(files: dict[str, str]) -> bytes:
     """
     if not files:
         return b""
+    key = _state_of(files)
+    if (known := _packed.get(key)) is not None:
+        return known
     import zipfile  # few programs have modules of their own
 
     total = 0
@@ -191,4 +194,22 @@ def pack_modules(files: dict[str, str]) -> bytes:
                     limit_bytes=MODULES_LIMIT_BYTES,
                 )
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
+    packed = buffer.getvalue()
+    _packed.clear()
+    _packed[key] = packed
+    return packed
+
+
+_packed: dict[tuple[tuple[str, str, int, int], ...], bytes] = {}
+"""The last archive, as a program's next executor needs the same, by what was known of its files."""
+
+
+def _state_of(files: dict[str, str]) -> tuple[tuple[str, str, int, int], ...]:
+    found = []
+    for name in sorted(files):
+        try:
+            about = os.stat(files[name])
+        except OSError:
+            continue
+        found.append((name, files[name], about.st_mtime_ns, about.st_size))
+    return tuple(found)

@@ -93,6 +93,10 @@ def test_the_same_files_make_the_same_archive(tmp_path: Path) -> None:
     first = pack_modules({"a.py": str(path)})
     os.utime(path, (0, 0))
     assert pack_modules({"a.py": str(path)}) == first
+    path.write_text("A = 2\n")
+    assert pack_modules({"a.py": str(path)}) != first
+    path.write_text("A = 1\n")
+    assert pack_modules({"a.py": str(path)}) == first
     with zipfile.ZipFile(BytesIO(first)) as archive:
         assert archive.read("a.py") == b"A = 1\n"
 
