@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from environment_helpers import PYTHON, Client, make_base, make_client, worker_wheels
 from local_registry import serving
+from pip_server import pip_served
 
 from cloudexec._aws import image_contents
 from cloudexec._environment.assembly import Pushed, push_packages
@@ -34,11 +35,12 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installer]:
 
 
 @pytest.fixture(scope="session")
-def pip() -> Installer:
+def pip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installer]:
     """pip, where it is."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("this environment has no pip")
-    return Installer((sys.executable, "-m", "pip"), False)
+    with pip_served(tmp_path_factory.mktemp("pip")) as command:
+        yield Installer(command, False)
 
 
 @pytest.fixture(params=["uv", "pip"])
