@@ -209,7 +209,7 @@ def test_what_is_changed_in_place_between_submissions_arrives_as_it_was(mode: st
         (tasks.filled, (10 * MIB, 3)),
         (tasks.arrays, (100, 100_000)),
         (tasks.arrays, (20, 2 * MIB)),
-        (tasks.arrays, (1200, 66_000)),
+        (tasks.arrays, (400, 66_000)),
         (tasks.mixed, (200_000,)),
         (bytes, (20 * MIB,)),
         (list, (range(200_000),)),
@@ -251,12 +251,12 @@ def test_many_large_results_of_a_map_take_bounded_memory(mode: str) -> None:
     most = 0
     with start(mode) as executor:
         results = executor.map(
-            tasks.filled, (MIB,) * 500, [n % 256 for n in range(500)], buffersize=32
+            tasks.filled, (MIB,) * 300, [n % 256 for n in range(300)], buffersize=32
         )
         for index, result in enumerate(results):
             assert result[-1] == index % 256
             most = max(most, psutil.Process().memory_info().rss)
-        assert index == 499
+        assert index == 299
         assert store_of(executor).high < 64 * MIB
         settled(executor)
     assert most - resident < 200 * MIB
@@ -339,7 +339,7 @@ def test_a_worker_with_little_memory_holds_what_it_needs(mode: str) -> None:
 def test_results_survive_the_loss_of_their_workers(mode: str) -> None:
     """Each future gets its result, whole, while workers are killed one after the other."""
     with start(mode, retries=50) as executor:
-        futures = [executor.submit(tasks.filled, 4 * MIB, value % 251) for value in range(60)]
+        futures = [executor.submit(tasks.filled, 4 * MIB, value % 251) for value in range(30)]
         done = threading.Event()
 
         def kill_now_and_then(futures: list[Future[Any]]) -> None:
@@ -527,7 +527,7 @@ def test_nothing_is_left_after_many_tasks(mode: str) -> None:
         work(500, 60)
         settled(executor)
         before = state()
-        work(60_000, 900)
+        work(20_000, 300)
         settled(executor)
 
         def same() -> bool:
