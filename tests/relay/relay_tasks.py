@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 
 
 def square(x: int) -> int:
@@ -21,8 +22,8 @@ def pause(path: str, x: int, seconds: float = 60.0) -> int:
     return x
 
 
-def noted(x: int, directory: str) -> int:
-    """Leave a line for each time that this is run."""
+def noted(x: int, data: bytes, directory: str) -> tuple[int, int]:
+    """Leave a line for each time that this is run; return ``x`` and a sum of the data."""
     with open(f"{directory}/{os.getpid()}", "a") as file:
         file.write(f"{x}\n")
-    return 2 * x
+    return x, zlib.crc32(data)

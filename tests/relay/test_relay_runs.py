@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +27,12 @@ from cloudexec import BatchExecutor, LaunchError
 from cloudexec._server.certificate import make_certificate
 from cloudexec.testing import ManualLauncher
 
-pytestmark = pytest.mark.timeout(120)
+TASKS = int(os.environ.get("CLOUDEXEC_TEST_TASKS", "6000"))
+"""Number of tasks while a relay dies; with 100000 of them, 1 GiB goes through it."""
+pytestmark = pytest.mark.timeout(120 + TASKS // 100)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 PATIENCE = 60.0
+SIZE = 2**30 // 100_000
 MARKER = b"a-word-that-nobody-may-read"
 
 Make = Callable[..., RelayLauncher]
@@ -40,6 +45,11 @@ def until(condition: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
     return found
+
+
+def numbers() -> Iterator[int]:
+    """Which of 1,000 arguments each task has."""
+    return itertools.cycle(range(1_000))
 
 
 def end(executor: BatchExecutor, launcher: RelayLauncher) -> None:
@@ -58,17 +68,20 @@ def test_a_relay_that_dies_three_times_loses_and_doubles_nothing(
     workers = launcher(slots_per_worker=2)
     executor = BatchExecutor(4, launcher=workers, retries=0)
     data = os.urandom(3 * 2**20)
-    results = executor.map(noted, range(6_000), [str(tmp_path)] * 6_000)
+    arguments = [data[at : at + SIZE] for at in range(1_000)]
+    results = executor.map(
+        noted, range(TASKS), map(arguments.__getitem__, numbers()), itertools.repeat(str(tmp_path))
+    )
     large = [executor.submit(bytes.__add__, data, bytes([n])) for n in range(12)]
-    for at in range(6_000):
-        assert next(results) == 2 * at
-        if at in (1_000, 2_500, 4_000):
+    for at, number in zip(range(TASKS), numbers(), strict=False):
+        assert next(results) == (at, zlib.crc32(arguments[number]))
+        if at in (TASKS // 6, TASKS // 3, TASKS // 2):
             relay.restart()
     assert [each.result(PATIENCE) for each in large] == [data + bytes([n]) for n in range(12)]
     assert executor.stats().lost_attempts == 0
     end(executor, workers)
     ran = Counter(line for file in tmp_path.iterdir() for line in file.read_text().split())
-    assert len(ran) == 6_000
+    assert len(ran) == TASKS
     assert set(ran.values()) == {1}
 
 
