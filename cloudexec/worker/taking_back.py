@@ -24,6 +24,8 @@ _BEGINNING = 3.0
 _MOST_OF_SESSION = 0.25
 """What counts as the beginning of a worker's time on a platform that limits it: a part of that
 time, and some seconds at least, as the first process has to start."""
+_LEAST_OF_SESSION = 0.25
+"""A task that had less of that time is handed back in any case: the worker's start took the rest."""
 
 
 class TakingBack:
@@ -112,7 +114,8 @@ class TakingBack:
         )
         for slot in list(self._slots.children.values()):
             if slot.held:
-                is_too_long = session > 0 and slot.progress_at < first
+                ran = self._loop.time() - slot.progress_at
+                is_too_long = slot.progress_at < first and ran > _LEAST_OF_SESSION * session > 0
                 if is_too_long:
                     slot.kill_message = SESSION_OVER.format(session=session)
                 slot.to_be_killed(TIMED_OUT if is_too_long else RECLAIMED)

@@ -221,7 +221,6 @@ def test_a_session_hands_its_tasks_back_and_is_replaced(hasty: FakeAWS, short: L
         for future in futures:
             future.result(timeout=60)
         assert executor.stats().tasks.failed == 0
-        assert not any(story.attempts > 1 for story in executor.stats().launches if False)
     eventually(lambda: not running(hasty))
     assert len(hasty.invocations()) >= 2
     assert {each.status for each in hasty.invocations()} == {"succeeded"}

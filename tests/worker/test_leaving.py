@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bare_server import serve_sessions
 
-from cloudexec import _enrolment
+from cloudexec import BatchExecutor, TaskTimeoutError, _enrolment
 from cloudexec._proto import tasks_pb2 as pb
+from cloudexec.testing import ManualLaunch, ManualLauncher
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -129,3 +132,62 @@ def test_a_worker_that_is_wanted_back_before_it_is_ready_hands_its_tasks_back(
     assert client.goodbye.wait(20)
     assert client.returned == [7]
     assert worker.wait(20) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("session", ["100", "2"])
+def test_a_task_that_had_little_of_a_session_fails_only_if_that_is_all(
+    session: str, tmp_path: Path
+) -> None:
+    """If the start of a worker has taken most of it, the task begins again on another one."""
+    launcher = ManualLauncher()
+    limits = {"CLOUDEXEC_DRAIN_GRACE": "1", "CLOUDEXEC_SESSION": session}
+    with BatchExecutor(1, launcher=launcher, retries=1) as executor:
+        future = executor.submit(_wait_for, str(tmp_path / "again"), str(tmp_path / "begun"))
+        (first,) = launcher.wait(1, 30)
+        with _worker(first, limits) as worker:
+            while not (tmp_path / "begun").exists():
+                assert worker.poll() is None
+                time.sleep(0.01)
+            worker.terminate()
+            assert worker.wait(30) == 143
+        launcher.end(first.launch_id)
+        (tmp_path / "again").touch()
+        if session == "2":
+            with pytest.raises(TaskTimeoutError, match="all the time that worker-1 had"):
+                future.result(30)
+        else:
+            second = launcher.wait(2, 30)[1]
+            with _worker(second, {}):
+                assert future.result(30) == "done"
+            launcher.end(second.launch_id)
+
+
+def _wait_for(path: str, begun: str) -> str:
+    open(begun, "w").close()
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return "done"
+
+
+@contextmanager
+def _worker(launch: ManualLaunch, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    contact = launch.contact
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "cloudexec.worker"],
+        env={
+            **os.environ,
+            "CLOUDEXEC_TARGET": contact.target,
+            "CLOUDEXEC_EXECUTOR_ID": contact.executor_id,
+            "CLOUDEXEC_IDENTITY": launch.launch_id,
+            "CLOUDEXEC_KEY": contact.key.hex(),
+            "CLOUDEXEC_SLOTS": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            **environment,
+        },
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        yield worker
+    finally:
+        worker.kill()
+        worker.wait()
