@@ -34,7 +34,7 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installer]:
         yield Installer((found,), True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installer]:
     """pip, where it is."""
     if importlib.util.find_spec("pip") is None:
