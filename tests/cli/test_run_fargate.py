@@ -198,6 +198,7 @@ def test_a_run_that_is_stopped_has_no_other_attempt(
     assert run_here(*ON, *words).returncode == 0
     eventually(lambda: "up\n" in run_here("logs", name).stdout)
     if way == "stop":
+        assert f"among them 1 run of `cloudexec run`: {name}" in run_here("down").stderr
         no = run_here("stop", name, stdin="n\n")
         assert (no.returncode, "Stop 1 run?" in no.stderr) == (1, True)
         done = run_here("stop", name, "--yes")
