@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from cloudexec._aws import names
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.diagnosis import cause_of_end, cause_of_refusal, is_out_of_capacity
+from cloudexec._aws.diagnosis import Cause, cause_of_end, cause_of_refusal, is_out_of_capacity
 from cloudexec._aws.function_search import FunctionSearch, is_invocation_id
 from cloudexec._aws.instance_script import container_stream
 from cloudexec._aws.instance_search import InstanceSearch, is_instance_id
@@ -38,7 +38,7 @@ from cloudexec._runs.places import MachineState, StillRunning
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import TIME_IS_UP
 
-__all__ = ["JobPlace", "no_room", "run_job_name"]
+__all__ = ["JobPlace", "refused", "run_job_name"]
 
 _T = TypeVar("_T")
 _NONE: Mapping[str, Known] = MappingProxyType({})
@@ -378,7 +378,14 @@ def run_job_name(plan: RunPlan) -> str:
     return names.job_name(f"{names.RUN_EXECUTOR}{plan.name}", f"r{plan.start_id}")
 
 
-def no_room(spot: bool) -> str:
+def refused(cause: Cause, plan: RunPlan, *, code: str, operation: str) -> AwsError:
+    """Say why a place without a queue has started no machine; it may be asked again if that may
+    pass."""
+    text = f"{cause.text}. {_no_room(plan.spot)}" if cause.no_room else str(cause)
+    return AwsError(text, code=code, operation=operation, transient=not cause.fatal)
+
+
+def _no_room(spot: bool) -> str:
     """Say what to do where there is no capacity or no quota for a machine."""
     on_demand = "without --spot, " if spot else ""
     return f"Try {on_demand}another size, or later; --on batch waits in a queue until there is room"
@@ -451,7 +458,7 @@ def _why_it_ended(details: Mapping[str, Any], state: MachineState) -> str:
     if end.reclaimed:
         return f"AWS took its machine back in attempt {state.attempts}, the last one ({said})"
     if is_out_of_capacity(said):
-        return f"AWS has no capacity of this kind: {said}. {no_room(details.get('spot', False))}"
+        return f"AWS has no capacity of this kind: {said}. {_no_room(details.get('spot', False))}"
     if end.exit_code is not None:
         return f"it ended with exit code {end.exit_code} ({said})"
     return str(cause_of_end(end))

@@ -41,7 +41,7 @@ from cloudexec._aws.machines import ensure_template, find_instances, start_insta
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.records import ACTIVE
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._runs.job_place import JobPlace, no_room, run_job_name
+from cloudexec._runs.job_place import JobPlace, refused, run_job_name
 from cloudexec._runs.places import Machine, MachineRequest, MachineState
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import ATTEMPT_VARIABLE, MACHINE_VARIABLE
@@ -169,7 +169,8 @@ class OnEc2(JobPlace):
                     return await self._started(plan, attempt)
                 reason = worst_of(answer.errors)
             tries += 1  # this token stands for a request that has failed
-            raise _refused(reason, plan)
+            cause = cause_of_refused_fleet(reason, spot=False)
+            raise refused(cause, plan, code=_NO_INSTANCE, operation="ec2:CreateFleet")
 
         return await self._surely(ask)
 
@@ -278,12 +279,3 @@ class OnEc2(JobPlace):
         """Say so by what Amazon EC2 says of the instance."""
         cause = cause_of_waiting_instances(Situation(statuses={str(details["status"]): 1}))
         return "" if cause is None else str(cause)
-
-
-def _refused(reason: str, plan: RunPlan) -> AwsError:
-    """Say why Amazon EC2 has started no instance; it may be asked again if that may pass."""
-    cause = cause_of_refused_fleet(reason, spot=False)
-    text = str(cause)
-    if cause.no_room:
-        text = f"{cause.text}. {no_room(plan.spot)}"
-    return AwsError(text, code=_NO_INSTANCE, operation="ec2:CreateFleet", transient=not cause.fatal)

@@ -17,7 +17,7 @@ from cloudexec._aws.task_definitions import ensure_task_definition
 from cloudexec._aws.task_diagnosis import cause_of_refused_task, cause_of_waiting_tasks, may_pass
 from cloudexec._aws.task_requests import Placement, run_task_request, task_definition_request
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._runs.job_place import JobPlace, no_room, run_job_name
+from cloudexec._runs.job_place import JobPlace, refused, run_job_name
 from cloudexec._runs.places import Machine, MachineRequest, MachineState
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import ATTEMPT_VARIABLE
@@ -129,7 +129,8 @@ class OnFargate(JobPlace):
                 failures = answer.get("failures", ())
                 failure = next((str(each.get("reason", "")) for each in failures), "")
             tries += 1  # this token stands for a request that has failed
-            raise _refused(failure, plan)
+            cause = cause_of_refused_task(failure, spot=False)
+            raise refused(cause, plan, code=_NO_TASK, operation="ecs:RunTask")
 
         return await self._surely(ask)
 
@@ -161,12 +162,3 @@ def _id_of(arns: list[str], exc: AwsError | None = None) -> str:
         assert exc is not None
         raise exc
     return arns[0].rpartition("/")[2]
-
-
-def _refused(reason: str, plan: RunPlan) -> AwsError:
-    """Say why Amazon ECS has started no task; it may be asked again if that may pass."""
-    cause = cause_of_refused_task(reason, spot=False)
-    text = str(cause)
-    if cause.no_room:
-        text = f"{cause.text}. {no_room(plan.spot)}"
-    return AwsError(text, code=_NO_TASK, operation="ecs:RunTask", transient=not cause.fatal)
