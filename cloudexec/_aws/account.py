@@ -212,12 +212,15 @@ class AsyncMonitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
     ) -> list[JobInfo]:
         """See ``Monitor.stoppable``."""
         names = [job] if isinstance(job, str) else list(job or ())
-        if executor is None and not names and not everything and older_than is None:
+        is_limited = older_than is not None or expired
+        if executor is None and not names and not everything and not is_limited:
             raise ConfigError(
-                "say what to stop: executor=, job=, older_than= (seconds) or everything=True"
+                "say what to stop: executor=, job=, older_than= (seconds), expired=True or "
+                "everything=True"
             )
         if older_than is not None and not older_than >= 0:
             raise ConfigError(f"older_than must be 0 seconds or more, not {older_than}")
@@ -236,7 +239,11 @@ class AsyncMonitor:
         if older_than is not None:
             newest = utc_now().timestamp() - older_than
             details = [each for each in details if each["createdAt"] / 1000 <= newest]
-        return await self._infos.infos(details)
+        found = await self._infos.infos(details)
+        if expired:
+            now = utc_now()
+            found = [each for each in found if each.expires_at and each.expires_at < now]
+        return found
 
     async def stop(
         self,
@@ -245,11 +252,16 @@ class AsyncMonitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
         reason: str = "stopped through cloudexec",
     ) -> list[str]:
         """See ``Monitor.stop``."""
         infos = await self.stoppable(
-            executor=executor, job=job, everything=everything, older_than=older_than
+            executor=executor,
+            job=job,
+            everything=everything,
+            older_than=older_than,
+            expired=expired,
         )
         ids = [each.id for each in infos]
         results = await asyncio.gather(

@@ -168,11 +168,16 @@ class Monitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
     ) -> list[JobInfo]:
         """Return the jobs that ``stop`` with the same arguments would stop."""
         return self._thread.run(
             self._async.stoppable(
-                executor=executor, job=job, everything=everything, older_than=older_than
+                executor=executor,
+                job=job,
+                everything=everything,
+                older_than=older_than,
+                expired=expired,
             )
         )
 
@@ -182,6 +187,7 @@ class Monitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
         *,
         reason: str = "stopped through cloudexec",
     ) -> list[str]:
@@ -192,6 +198,7 @@ class Monitor:
             job: Stop this job, or these, named as for ``logs``. An array is stopped as a whole.
             everything: Stop all jobs of all executors.
             older_than: Stop only jobs that were submitted at least so many seconds ago.
+            expired: Stop only jobs that run past their time limit.
             reason: The reason that AWS Batch shows for the jobs.
 
         Returns:
@@ -207,6 +214,7 @@ class Monitor:
                 job=job,
                 everything=everything,
                 older_than=older_than,
+                expired=expired,
                 reason=reason,
             )
         )

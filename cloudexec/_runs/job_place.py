@@ -56,8 +56,6 @@ _PHASES = {
 }
 _CLOCK_SKEW = 300.0
 """Seconds by which the clock of a client may be fast. The SDK corrects requests by no more."""
-_QUEUED = timedelta(days=1)
-"""How long a job may wait, for its tag with the time at which it has ended at the latest."""
 
 
 class JobPlace(ABC):
@@ -80,6 +78,9 @@ class JobPlace(ABC):
     machine does so, and each attempt is a job of its own."""
     remembers: float
     """Seconds for which the place knows a job that has ended."""
+    overhead: float
+    """Seconds of a machine's life besides those of its program, at the most: its tag says when it
+    has ended at the latest."""
 
     def __init__(self, clients: AwsClients, profile: Profile) -> None:
         self._clients = clients
@@ -130,7 +131,8 @@ class JobPlace(ABC):
         )
 
     def _tags(self, plan: RunPlan) -> dict[str, str]:
-        expires = datetime.now(UTC) + _QUEUED + timedelta(seconds=plan.max_seconds)
+        longest = timedelta(seconds=_CLOCK_SKEW + self.overhead + plan.max_seconds)
+        expires = datetime.now(UTC) + longest
         tags = {
             names.TAG_EXECUTOR: f"{names.RUN_EXECUTOR}{plan.name}",
             names.TAG_RUN: plan.name,

@@ -34,6 +34,8 @@ class OnBatch(JobPlace):
     tries_again = True
     remembers = 7 * 86400.0
     """AWS Batch User Guide, "Job states": jobs that have ended are kept for 7 days or more."""
+    overhead = 86400.0
+    """A job may wait in its queue; AWS Batch itself ends it when its program's time is over."""
 
     # The machine.
 

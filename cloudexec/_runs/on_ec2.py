@@ -74,6 +74,7 @@ class OnEc2(JobPlace):
     remembers = 3600.0
     """Amazon EC2 User Guide, "Terminate Amazon EC2 instances": they stay visible for a while, which
     is about an hour."""
+    overhead = _BOOT_SECONDS + _LAST_SECONDS
 
     def __init__(self, clients: AwsClients, profile: Profile) -> None:
         super().__init__(clients, profile)
@@ -211,7 +212,7 @@ class OnEc2(JobPlace):
                 log_group=self._profile.log_group,
                 environment=variables,
                 own_variables={MACHINE_VARIABLE: "{instance}"},
-                lifetime=_BOOT_SECONDS + plan.max_seconds + _LAST_SECONDS,
+                lifetime=self.overhead + plan.max_seconds,
                 spot=plan.spot,
                 gpus=bool(plan.gpus),
                 # Workers of executors in it dial the instance's address.

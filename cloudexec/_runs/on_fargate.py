@@ -38,6 +38,8 @@ class OnFargate(JobPlace):
     tries_again = False
     remembers = 3600.0
     """Amazon ECS API Reference, "DescribeTasks": tasks that have stopped are shown for an hour."""
+    overhead = 3600.0
+    """AWS does not say how long an image may load."""
 
     # The machine.
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
@@ -193,6 +194,10 @@ def test_how_a_machine_ended_that_could_not_say_so_is_known_after_amazon_ec2_has
     # Its own timer stands behind the program's: a quarter of an hour for the image, and five
     # minutes for the log.
     assert "shutdown -P +1460 " in machine.user_data
+    # Where the script has not set it, the tag says so, for clocks that differ by five minutes.
+    expires = datetime.fromisoformat(machine.tags["cloudexec:expires"])
+    seconds = (expires - datetime.now(UTC)).total_seconds()
+    assert seconds == pytest.approx((1460 + 5) * 60, abs=60)
     if way == "lost":
         aws.faults.ec2.vanish(machine.instance_id)
     elif way == "memory":
