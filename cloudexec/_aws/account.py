@@ -18,7 +18,9 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.function_search import FunctionSearch, is_invocation_id
@@ -323,3 +325,32 @@ class AsyncMonitor:
             return
         async for line in self._logs.of(detail, follow=follow, tail=tail):
             yield line
+
+    async def logs_of_attempts(
+        self,
+        log_group: str,
+        streams: Sequence[tuple[int, str]],
+        *,
+        follow: bool = False,
+        tail: int | None = None,
+    ) -> AsyncGenerator[LogLine, None]:
+        """See ``Monitor.logs_of_attempts``."""
+        for number, stream in streams if tail is None else streams[-1:]:
+            # A stream ends with the id of its task or instance.
+            job_id, is_last = stream.rpartition("/")[2], stream == streams[-1][1]
+            logs = {"options": {"awslogs-group": log_group}}
+            container = {"logStreamName": stream, "logConfiguration": logs}
+            detail: Mapping[str, Any] = {
+                "jobId": job_id,
+                "status": "FAILED",
+                "container": container,
+            }
+            if is_last:
+                detail = next(iter(await self._search.describe([job_id])), detail)
+            lines = self._logs.of(detail, follow=follow and is_last, tail=tail)
+            try:
+                async for line in lines:
+                    yield replace(line, attempt=number)
+            except AwsError as exc:
+                if exc.code != "NoLog" or is_last:
+                    raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import (
-    AsyncIterator,
+    AsyncGenerator,
     Iterable,
     Iterator,
     Sequence,
@@ -150,7 +150,32 @@ class Monitor:
                 AWS refuses, or cannot be reached.
             ConfigError: If several jobs have the name, or ``tail`` is out of its range.
         """
-        lines = self._async.logs(job_or_worker, follow=follow, tail=tail)
+        yield from self._each(self._async.logs(job_or_worker, follow=follow, tail=tail))
+
+    def logs_of_attempts(
+        self,
+        log_group: str,
+        streams: Sequence[tuple[int, str]],
+        follow: bool = False,
+        tail: int | None = None,
+    ) -> Iterator[LogLine]:
+        """Yield the lines of tasks or instances, which AWS need not remember, one after the other.
+
+        Args:
+            log_group: Of all of them.
+            streams: Number and log stream of each.
+            follow: Wait for more lines until the last one has ended.
+            tail: Begin with so many lines at the end of the last one.
+
+        Raises:
+            AwsError: If the last one has no log (``code`` ``"NoLog"``), AWS refuses, or cannot be
+                reached.
+        """
+        yield from self._each(
+            self._async.logs_of_attempts(log_group, streams, follow=follow, tail=tail)
+        )
+
+    def _each(self, lines: AsyncGenerator[LogLine, None]) -> Iterator[LogLine]:
         try:
             while True:
                 line = self._thread.run(_next(lines))
@@ -235,7 +260,7 @@ class Monitor:
         return self._thread.run(self._async.cost(executor, refresh=refresh))
 
 
-async def _next(lines: AsyncIterator[LogLine]) -> LogLine | None:
+async def _next(lines: AsyncGenerator[LogLine, None]) -> LogLine | None:
     return await anext(lines, None)
 
 

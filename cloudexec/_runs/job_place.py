@@ -272,6 +272,13 @@ class JobPlace(ABC):
             if known.end is None:
                 return None
             end = known.end
+            last = known.costs.get(known.job_id)
+            if end.started_at is not None and end.stopped_at is not None:
+                # The last look at it may have been long before its end.
+                ran = (end.stopped_at - end.started_at).total_seconds()
+                missing = max(0.0, ran - (0.0 if last is None else last.seconds))
+                seconds += missing
+                cost += missing / 3600 * plan.per_hour_usd
             return MachineState(
                 job_id=known.job_id,
                 phase="ended",
@@ -288,6 +295,7 @@ class JobPlace(ABC):
                 cost_usd=cost,
                 workers_usd=workers_usd,
                 workers=active,
+                is_estimate=True,
                 known=known,
                 is_remembered=True,
             )

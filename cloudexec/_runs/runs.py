@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
+from cloudexec._aws.job_details import required_time
 from cloudexec._aws.limits import LEAST_ATTEMPT_SECONDS
 from cloudexec._aws.names import user_name
 from cloudexec._aws.profile import Profile
@@ -276,7 +277,7 @@ class AsyncRuns:
         result, known = await asyncio.gather(
             bucket.result(plan.start_id), bucket.known(plan.start_id)
         )
-        machines = await self._place(plan.on).find([plan], {name: known})
+        machines = await self._place(plan.on).find([plan], {name: _with_end(known, plan, result)})
         found = self._found(plan, machines.get(name), result, known)
         await self._note_ends([found])
         return found
@@ -360,9 +361,11 @@ class AsyncRuns:
         machines: dict[str, MachineState] = {}
         # A newer release may have started runs in other places.
         for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
-            there = [plan for plan, _ in read_ if plan.on == on]
-            known_there = {each.name: known[each.name] for each in there}
-            machines |= await self._place(on).find(there, known_there)
+            there = [(plan, result) for plan, result in read_ if plan.on == on]
+            known_there = {
+                plan.name: _with_end(known[plan.name], plan, result) for plan, result in there
+            }
+            machines |= await self._place(on).find([plan for plan, _ in there], known_there)
         found = [
             self._found(plan, machines.get(plan.name), result, known[plan.name])
             for plan, result in read_
@@ -458,6 +461,17 @@ class AsyncRuns:
             if page["nextForwardToken"] == token:
                 break
         return lines
+
+    async def streams(self, name: str) -> tuple[str, Sequence[tuple[int, str]]]:
+        """Return the log group of a run, and number and log stream of each of its attempts.
+
+        There are none where AWS Batch has them as attempts of one job.
+        """
+        plan = await self.bucket(name).plan()
+        if not has_place(plan.on) or self._place(plan.on).tries_again:
+            return "", ()
+        machine = (await self.find(name)).machine
+        return ("", ()) if machine is None else (machine.log_group, machine.streams)
 
     # The end.
 
@@ -556,6 +570,24 @@ class AsyncRuns:
                 f"the bucket has of it can be deleted"
             )
         return await self.bucket(name).delete()
+
+
+def _with_end(known: Known, plan: RunPlan, result: RunResult | None) -> Known:
+    """Add how the program ended, as its machine has written it, for a place that has forgotten it.
+
+    That is where each attempt is a machine of its own.
+    """
+    if result is None or not result.is_final or not known.attempts:
+        return known
+    end = KnownEnd(
+        created_at=required_time(plan.created_at * 1000),
+        started_at=required_time(result.started_at * 1000) if result.started_at else None,
+        stopped_at=required_time(result.ended_at * 1000) if result.ended_at else None,
+        exit_code=result.exit_code,
+        reason=result.reason,
+        was_stopped=result.was_stopped,
+    )
+    return replace(known, end=end)
 
 
 def _lacks(profile: Profile) -> str:

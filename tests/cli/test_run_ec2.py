@@ -99,12 +99,12 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     aws.faults.ec2.reclaim(first.instance_id)
     done = run_here("attach", "on-spot")
     assert done.returncode == 5, done.stderr
-    assert [each for each in done.stdout.splitlines() if "cloudexec" not in each] == [
-        "attempt 1 False",
-        "attempt 2 True",
-        "32",
-        "32",
-    ]
+    printed = ["attempt 1 False", "attempt 2 True", "32", "32"]
+
+    def program(output: str) -> list[str]:
+        return [each for each in output.splitlines() if "cloudexec" not in each]
+
+    assert program(done.stdout) == printed
     assert (folder / "out" / "mark.txt").read_text() == "half and half"
     # The same client token twice for the second machine, and then its worker.
     assert asks(aws) == ["CreateFleet"] * 4
@@ -121,13 +121,21 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     hours = (60.0 + max(float(str(found["run_seconds"])) / 2, 60.0)) / 3600
     assert float(str(found["machine_usd"])) == pytest.approx(hours * 0.0423, rel=0.1)
     assert float(str(found["workers_usd"])) > 0
-    assert "attempt 2 True\n" in run_here("logs", "on-spot").stdout
-    # An hour later, Amazon EC2 has forgotten all three.
+    assert found["reason"] == ""
+    assert program(run_here("logs", "on-spot").stdout) == printed
+    # An hour later, Amazon EC2 has forgotten all three. The bucket and the log have them.
     aws.faults.forget_ended()
     again = row(run_here, "on-spot")
-    assert (again["state"], again["exit_code"]) == ("failed", 5)
-    assert again["workers_usd"] == found["workers_usd"]
-    assert again["machine_usd"] == pytest.approx(found["machine_usd"], rel=0.6)
+    for key in ("state", "exit_code", "reason", "attempts", "workers_usd", "is_estimate"):
+        assert again[key] == found[key], key
+    assert again["machine_usd"] == pytest.approx(found["machine_usd"], rel=0.1)
+    assert again["run_seconds"] == pytest.approx(found["run_seconds"], abs=5.0)
+    last = run_here("logs", "on-spot", "-n", "2", "--json").stdout.splitlines()
+    assert [json.loads(each)["attempt"] for each in last] == [2, 2]
+    assert "with exit code 5" in json.loads(last[-1])["message"]
+    assert program(run_here("logs", "on-spot").stdout) == printed
+    done = run_here("attach", "on-spot", "--no-fetch")
+    assert (done.returncode, program(done.stdout)) == (5, printed)
 
 
 def test_a_run_that_is_stopped_has_no_other_attempt_and_sends_its_files(
@@ -161,6 +169,7 @@ def test_a_run_is_shown_and_stopped_before_its_program_has_begun(
     eventually(lambda: aws.instances()[-1].state == "running")
     if way == "stop":
         assert f"run-{name}" in run_here("ps").stdout
+        assert "0 MiB" not in run_here("jobs").stdout  # of a type that the price list lacks
         assert f"among them 1 run of `cloudexec run`: {name}" in run_here("down").stderr
         assert run_here("stop", name, "--yes").returncode == 0
     else:

@@ -280,6 +280,7 @@ def test_workers_that_amazon_ecs_has_forgotten_count_against_the_ceiling(
         "time.sleep(600)\n"
     )
     assert run_here(*ON, "job.py", "--name", "spends", "--max-cost", "3", "-d").returncode == 0
+    machine = aws.jobs()[-1].job_id
     eventually(lambda: "alone\n" in run_here("logs", "spends").stdout)
     eventually(lambda: aws.jobs()[-1].status in ("SUCCEEDED", "FAILED"))
 
@@ -287,10 +288,10 @@ def test_workers_that_amazon_ecs_has_forgotten_count_against_the_ceiling(
         async with AwsClients("us-east-1") as clients:
             bucket = RunBucket(clients, Profile.load("default").bucket, "spends")
             plan = replace(await bucket.plan(), max_cost_usd=0.0018)
-            budget = Budget(clients, plan, bucket)
-            budget.known = await bucket.known(plan.start_id)
-            over = await budget.exceeded()
-            return sum(each.usd for each in budget.known.costs.values() if not each.is_own), over
+            over = await Budget(clients, plan, bucket).exceeded()
+            known = await bucket.known(plan.start_id)
+            assert known.job_id == machine
+            return sum(each.usd for each in known.costs.values() if not each.is_own), over
 
     before, _ = asyncio.run(look())
     assert before > 0
