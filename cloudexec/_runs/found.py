@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cloudexec._aws.job_details import required_time
 from cloudexec._runs.info import RunInfo
-from cloudexec._runs.known import Known
+from cloudexec._runs.known import Known, KnownEnd
 from cloudexec._runs.places import MachineState, has_place
 from cloudexec._runs.plan import RunPlan, RunResult
 from cloudexec._runs.protocol import TIME_IS_UP
 
-__all__ = ["KILLED", "Found", "Look", "Position"]
+__all__ = ["KILLED", "Found", "Look", "Position", "with_end"]
 
 _PREPARING = 3600.0
 """Seconds in which a run whose machine is not known may yet be about to start."""
@@ -141,3 +141,21 @@ class Look:
     machine: MachineState
     lines: Sequence[str]
     position: Position
+
+
+def with_end(known: Known, plan: RunPlan, result: RunResult | None) -> Known:
+    """Add how the program ended, as its machine has written it, for a place that has forgotten it.
+
+    That is where each attempt is a machine of its own.
+    """
+    if result is None or not result.is_final or not known.attempts:
+        return known
+    end = KnownEnd(
+        created_at=required_time(plan.created_at * 1000),
+        started_at=required_time(result.started_at * 1000) if result.started_at else None,
+        stopped_at=required_time(result.ended_at * 1000) if result.ended_at else None,
+        exit_code=result.exit_code,
+        reason=result.reason,
+        was_stopped=result.was_stopped,
+    )
+    return replace(known, end=end)

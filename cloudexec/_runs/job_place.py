@@ -126,6 +126,7 @@ class JobPlace(ABC):
             log_group=profile.log_group,
             region=self._clients.region,
             assign_public_ip=profile.assign_public_ip,
+            ephemeral_gib=plan.disk_gib,
             stack=profile.stack,
             size=WorkerSize(vcpus=plan.vcpus, memory_mib=plan.memory_mib, gpus=plan.gpus),
         )

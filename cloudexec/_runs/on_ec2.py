@@ -36,7 +36,12 @@ from cloudexec._aws.instance_script import (
     machine_script,
 )
 from cloudexec._aws.instance_search import BY_ITSELF, BY_USER, RECLAIMED
-from cloudexec._aws.limits import WorkerSize, instance_size_for
+from cloudexec._aws.limits import (
+    USUAL_DISK_GIB,
+    WorkerSize,
+    check_instance_disk,
+    instance_size_for,
+)
 from cloudexec._aws.machines import ensure_template, find_instances, start_instances
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.records import ACTIVE
@@ -52,7 +57,6 @@ _TOKENS = 1000
 """Client tokens that each attempt may use: one for each request that Amazon EC2 has answered with a
 failure."""
 _NO_INSTANCE = "CreateFleetError"
-_DISK_GIB = 30
 _BOOT_SECONDS = 900.0
 """Seconds from the launch of an instance to the start of its program, at the most."""
 _LAST_SECONDS = 300.0
@@ -93,16 +97,18 @@ class OnEc2(JobPlace):
         cpus = request.cpus
         mib = math.ceil(2048 * cpus) if request.memory_mib is None else request.memory_mib
         size = instance_size_for(cpus, mib, request.gpus)
+        disk = USUAL_DISK_GIB if request.disk_gib is None else request.disk_gib
+        check_instance_disk(disk)
         price = assumed_price(
             self._prices,
             size,
             arch=request.arch,
             spot=request.spot,
-            disk_gib=_DISK_GIB,
+            disk_gib=disk,
             public_ip=self._profile.assign_public_ip,
             region=self._clients.region,
         )
-        return Machine(size=size, compute="instance", price=price)
+        return Machine(size=size, compute="instance", price=price, disk_gib=request.disk_gib)
 
     def _check(self) -> None:
         """Complain if the stack has nothing for such instances."""
@@ -142,6 +148,8 @@ class OnEc2(JobPlace):
             names.TAG_ATTEMPT: str(attempt),
             "Name": name,
         }
+        if plan.disk_gib is not None:
+            tags[names.TAG_DISK] = str(plan.disk_gib)
         tries = 0
 
         async def ask() -> str:
@@ -195,7 +203,7 @@ class OnEc2(JobPlace):
             ami=f"resolve:ssm:{parameter}",
             security_groups=tuple(filter(None, [profile.security_group])),
             assign_public_ip=profile.assign_public_ip,
-            disk_gib=_DISK_GIB,
+            disk_gib=plan.disk_gib or USUAL_DISK_GIB,
             stack=profile.stack,
         )
         return await ensure_template(self._clients, template_request(wanted))

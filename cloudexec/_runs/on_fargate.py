@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloudexec._aws.diagnosis import Situation
-from cloudexec._aws.limits import ECS_MOST_VCPUS, WorkerSize, fargate_size_for, format_memory
+from cloudexec._aws.limits import (
+    ECS_MOST_VCPUS,
+    WorkerSize,
+    fargate_disk,
+    fargate_size_for,
+    format_memory,
+)
 from cloudexec._aws.task_definitions import ensure_task_definition
 from cloudexec._aws.task_diagnosis import cause_of_refused_task, cause_of_waiting_tasks, may_pass
 from cloudexec._aws.task_requests import Placement, run_task_request, task_definition_request
@@ -61,16 +67,18 @@ class OnFargate(JobPlace):
                 f" the largest has 16 vCPU and 120GiB. --on batch has up to 32 vCPU on Fargate, "
                 f"and more on EC2"
             ) from exc
+        disk = fargate_disk(request.disk_gib)
         price = self._prices.worker(
             vcpus=size.vcpus,
             memory_mib=size.memory_mib,
             arch=request.arch,
             compute="fargate",
             spot=request.spot,
+            ephemeral_gib=disk,
             public_ip=self._profile.assign_public_ip,
             region=self._clients.region,
         )
-        return Machine(size=size, compute="fargate", price=price)
+        return Machine(size=size, compute="fargate", price=price, disk_gib=disk)
 
     def _placement(self) -> Placement:
         profile = self._profile

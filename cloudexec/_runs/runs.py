@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.job_details import required_time
 from cloudexec._aws.limits import LEAST_ATTEMPT_SECONDS
 from cloudexec._aws.names import user_name
 from cloudexec._aws.profile import Profile
@@ -24,9 +23,10 @@ from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.aws.image import find_image
 from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
-from cloudexec._runs.found import KILLED, Found, Look, Position
+from cloudexec._runs.found import KILLED, Found, Look, Position, with_end
 from cloudexec._runs.known import Known, KnownEnd
 from cloudexec._runs.places import (
+    Machine,
     MachineRequest,
     MachineState,
     Place,
@@ -161,7 +161,7 @@ class AsyncRuns:
         name = check_name(request.name) if request.name else new_name(title)
         seconds = _limit(request, machine.price.per_hour)
         files = await asyncio.to_thread(collect, request.kind, request.target, request.files)
-        _report_plan(report, name, request, seconds, machine.price.per_hour, str(machine.size))
+        _report_plan(report, name, request, seconds, machine)
         image = await find_image(
             self._clients,
             self._profile,
@@ -189,6 +189,7 @@ class AsyncRuns:
             vcpus=machine.size.vcpus,
             memory_mib=machine.size.memory_mib,
             gpus=machine.size.gpus,
+            disk_gib=machine.disk_gib,
             arch=request.machine.arch,
             compute=machine.compute,
             spot=request.machine.spot,
@@ -277,7 +278,7 @@ class AsyncRuns:
         result, known = await asyncio.gather(
             bucket.result(plan.start_id), bucket.known(plan.start_id)
         )
-        machines = await self._place(plan.on).find([plan], {name: _with_end(known, plan, result)})
+        machines = await self._place(plan.on).find([plan], {name: with_end(known, plan, result)})
         found = self._found(plan, machines.get(name), result, known)
         await self._note_ends([found])
         return found
@@ -363,7 +364,7 @@ class AsyncRuns:
         for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
             there = [(plan, result) for plan, result in read_ if plan.on == on]
             known_there = {
-                plan.name: _with_end(known[plan.name], plan, result) for plan, result in there
+                plan.name: with_end(known[plan.name], plan, result) for plan, result in there
             }
             machines |= await self._place(on).find([plan for plan, _ in there], known_there)
         found = [
@@ -572,24 +573,6 @@ class AsyncRuns:
         return await self.bucket(name).delete()
 
 
-def _with_end(known: Known, plan: RunPlan, result: RunResult | None) -> Known:
-    """Add how the program ended, as its machine has written it, for a place that has forgotten it.
-
-    That is where each attempt is a machine of its own.
-    """
-    if result is None or not result.is_final or not known.attempts:
-        return known
-    end = KnownEnd(
-        created_at=required_time(plan.created_at * 1000),
-        started_at=required_time(result.started_at * 1000) if result.started_at else None,
-        stopped_at=required_time(result.ended_at * 1000) if result.ended_at else None,
-        exit_code=result.exit_code,
-        reason=result.reason,
-        was_stopped=result.was_stopped,
-    )
-    return replace(known, end=end)
-
-
 def _lacks(profile: Profile) -> str:
     """Say what a profile lacks for runs, and what to do; empty: nothing."""
     remedy = f"`cloudexec up --name {profile.name}` adds it"
@@ -630,14 +613,15 @@ def _limit(request: RunRequest, per_hour: float) -> int:
 
 
 def _report_plan(
-    report: Report, name: str, request: RunRequest, seconds: int, per_hour: float, size: str
+    report: Report, name: str, request: RunRequest, seconds: int, machine: Machine
 ) -> None:
-    hours = seconds / 3600
+    hours, per_hour = seconds / 3600, machine.price.per_hour
     limit = f"{hours:.3g} h" if hours >= 1 else f"{seconds // 60} min"
     spot = " on Spot" if request.machine.spot else ""
+    disk = f", {machine.disk_gib} GiB of disk" if machine.disk_gib else ""
     report(
-        f"run {name}: {size}{spot}, about ${per_hour:.3f} an hour; it ends after {limit} at the "
-        f"latest, which would cost ${(hours + _PULL_SECONDS / 3600) * per_hour:.2f}"
+        f"run {name}: {machine.size}{disk}{spot}, about ${per_hour:.3f} an hour; it ends after "
+        f"{limit} at the latest, which would cost ${(hours + _PULL_SECONDS / 3600) * per_hour:.2f}"
     )
 
 

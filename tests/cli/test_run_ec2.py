@@ -225,6 +225,7 @@ def test_how_a_machine_ended_that_could_not_say_so_is_known_after_amazon_ec2_has
     ("words", "said"),
     [
         (("--gpu", "17"), "the most there is are 1920 vCPUs, 32768 GiB and 16 GPUs"),
+        (("--disk", "20"), "disk_gib must be 30 or more, not 20"),
         (("--gpu", "1", "--arch", "arm64"), "instances with GPUs are of x86_64"),
     ],
 )
@@ -249,13 +250,19 @@ def test_what_a_machine_must_have_is_asked_for_once_though_an_answer_is_lost(
     aws.faults.allow_only(policy(Profile.load("default")))
     before = len(aws.instances())
     aws.faults.lose_response("CreateFleet", count=1)
-    done = run_here(*ON, "--gpu", "1", "--name", "with-gpu", "-d", "--", "true")
-    assert "1 vCPU with 2 GiB and 1 GPU, about $0.534 an hour" in done.stderr
+    words = ("--gpu", "1", "--disk", "900", "--name", "with-gpu", "-d")
+    done = run_here(*ON, *words, "--", "true")
+    assert "2 GiB and 1 GPU, 900 GiB of disk, about $0.630 an hour" in done.stderr
     assert asks(aws) == ["CreateFleet", "CreateFleet"]
     assert len(aws.instances()) == before + 1
     assert aws.instances()[-1].type == "g4dn.xlarge"
     assert "--gpus all" in aws.instances()[-1].user_data
-    assert "1 vCPU 2 GiB 1 GPU" in run_here("runs").stdout
+    (made,) = (each for each in aws.requests if each.operation == "CreateLaunchTemplate")
+    (disk,) = made.parameters["LaunchTemplateData"]["BlockDeviceMappings"]
+    assert disk["Ebs"]["VolumeSize"] == 900
+    found = row(run_here, "with-gpu")
+    assert (found["gpus"], found["memory_mib"]) == (1, 2048)
+    assert found["machine_usd"] == pytest.approx(0.63 / 60, rel=0.01)  # of a minute, the least
     console(aws)
     run_here(*ON, "--arch", "arm64", "-d", "--image", "x/y:1", "--", "true")
     assert aws.instances()[-1].type == "c7g.medium"
