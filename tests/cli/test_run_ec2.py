@@ -12,12 +12,14 @@ from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, asked, eventually, left_nothing, row
+from run_helpers import account, asked, create, eventually, left_nothing, row
 
 from cloudexec import ConfigError, Run
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.policy import policy
 from cloudexec._aws.profile import Profile
+from cloudexec._runs.bucket import RunBucket
+from cloudexec._runs.plan import RunPlan, RunResult
 from cloudexec._runs.run import make_request
 from cloudexec._runs.runs import AsyncRuns
 from cloudexec.testing import FakeAWS
@@ -300,10 +302,23 @@ def test_no_capacity_and_no_quota_are_said_with_what_to_do(
     assert "Try without --spot, another size, or later; --on batch waits" in done.stderr
     aws.faults.clear()
     aws.faults.vcpu_quota(1, compute="ec2")
-    done = run_here(*ON, "--cpus", "2", "--name", "no-room", "--", "true")
+    words = (*ON, "--cpus", "2", "--name")
+    done = run_here(*words, "no-room", "--", "true")
     assert done.returncode == 3
     assert "VcpuLimitExceeded" in done.stderr
     assert all(each["name"] != "no-room" for each in json.loads(run_here("runs", "--json").stdout))
+    # A run that was to go on stays. Were there a machine after all, it would not run the program.
+    ended = RunPlan(name="ended-before", kind="command", target="", on="ec2", start_id="0a")
+    create(ended, {"result.json": RunResult(exit_code=0, start_id="0a").to_json()})
+    done = run_here(*words, ended.name, "--resume", "--", "true")
+    assert "VcpuLimitExceeded" in done.stderr
+
+    async def why() -> str:
+        async with AwsClients() as clients:
+            bucket = RunBucket(clients, Profile.load("default").bucket, ended.name)
+            return await bucket.stop_reason((await bucket.plan()).start_id)
+
+    assert asyncio.run(why()).startswith("it could not be started: ")
 
 
 def test_a_start_that_is_interrupted_while_an_instance_is_asked_for_leaves_none(
