@@ -20,7 +20,6 @@ from collections.abc import (
 )
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.function_search import FunctionSearch, is_invocation_id
@@ -335,22 +334,24 @@ class AsyncMonitor:
         tail: int | None = None,
     ) -> AsyncGenerator[LogLine, None]:
         """See ``Monitor.logs_of_attempts``."""
-        for number, stream in streams if tail is None else streams[-1:]:
-            # A stream ends with the id of its task or instance.
-            job_id, is_last = stream.rpartition("/")[2], stream == streams[-1][1]
-            logs = {"options": {"awslogs-group": log_group}}
-            container = {"logStreamName": stream, "logConfiguration": logs}
-            detail: Mapping[str, Any] = {
-                "jobId": job_id,
-                "status": "FAILED",
-                "container": container,
+        *before, last = streams
+        for each in [*before, last] if tail is None else [last]:
+            number, stream = each
+            job_id = stream.rpartition("/")[2]  # of a task or an instance
+            described = await self._search.describe([job_id]) if each == last else []
+            container = {
+                "logStreamName": stream,
+                "logConfiguration": {"options": {"awslogs-group": log_group}},
             }
-            if is_last:
-                detail = next(iter(await self._search.describe([job_id])), detail)
-            lines = self._logs.of(detail, follow=follow and is_last, tail=tail)
+            # How one ended that is forgotten is of no matter: there is nothing to wait for.
+            detail = {"jobId": job_id, "status": "FAILED", "container": container}
+            detail |= described[0] if described else {}
             try:
-                async for line in lines:
+                async for line in self._logs.of(detail, follow=follow and each == last, tail=tail):
                     yield replace(line, attempt=number)
             except AwsError as exc:
-                if exc.code != "NoLog" or is_last:
+                if exc.code != "NoLog" or described:
                     raise
+                if each == last:
+                    text = f"the log {stream} is not in {log_group} (any more)"
+                    raise AwsError(text, code=exc.code, operation=exc.operation) from exc

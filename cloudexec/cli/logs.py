@@ -11,6 +11,8 @@ from cloudexec._aws.names import JOB_PREFIX
 from cloudexec._errors import CloudexecError
 from cloudexec.cli._aws_options import aws_options, ends_well
 
+_NONE: Sequence[tuple[int, str]] = ()
+
 
 @click.command("logs", short_help="Print the log of a worker.")
 @click.argument("job", metavar="RUN|JOB|WORKER")
@@ -53,8 +55,10 @@ def logs_command(
     """
     from cloudexec._aws.monitor import Monitor
 
-    log_group, streams = _attempts_of(job, profile) if region is None else ("", ())
-    with Monitor(profile, region) as monitor:
+    where, log_group, streams = profile, "", _NONE
+    if region is None and not job.startswith(JOB_PREFIX):
+        where, log_group, streams = _attempts_of(job, profile)
+    with Monitor(where, region) as monitor:
         shown: tuple[str, int] | None = None
         if streams:
             lines = monitor.logs_of_attempts(log_group, streams, follow=follow, tail=tail)
@@ -72,17 +76,20 @@ def logs_command(
             click.echo((when if timestamps else "") + line.message)
 
 
-def _attempts_of(name: str, profile: str | None) -> tuple[str, Sequence[tuple[int, str]]]:
-    """Return the log group and the log streams of a run without AWS Batch.
+def _attempts_of(
+    name: str, profile: str | None
+) -> tuple[str | None, str, Sequence[tuple[int, str]]]:
+    """Return the profile, the log group and the log streams of a run without AWS Batch.
 
     Amazon ECS and Amazon EC2 forget its attempts an hour after their end, and the bucket does not.
     """
     from cloudexec._runs.run import RunsClient
 
-    if not name.startswith(JOB_PREFIX):
-        try:
-            with RunsClient(profile) as client:
-                return client.call(client.runs.streams(name))
-        except CloudexecError:
-            pass  # it is no run of this profile
-    return "", ()
+    try:
+        with RunsClient(profile) as client:
+            log_group, streams = client.call(client.runs.streams(name))
+            if streams:
+                return client.profile.name, log_group, streams
+    except CloudexecError:
+        pass  # it is no run of this profile
+    return profile, "", _NONE

@@ -138,6 +138,12 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     assert program(run_here("logs", "on-spot").stdout) == printed
     done = run_here("attach", "on-spot", "--no-fetch")
     assert (done.returncode, program(done.stdout)) == (5, printed)
+    logs, group = boto3.client("logs"), Profile.load("default").log_group
+    stream = f"instance/worker/{second.instance_id}"
+    logs.delete_log_stream(logGroupName=group, logStreamName=stream)
+    done = run_here("logs", "on-spot")
+    assert program(done.stdout) == printed[:1]
+    assert f"the log {stream} is not in {group} (any more)" in done.stderr
 
 
 def test_a_run_that_is_stopped_has_no_other_attempt_and_sends_its_files(
