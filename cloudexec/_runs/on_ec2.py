@@ -146,10 +146,9 @@ class OnEc2(JobPlace):
             **self._tags(plan),
             names.TAG_JOB: name,
             names.TAG_ATTEMPT: str(attempt),
+            names.TAG_DISK: str(self._disk(plan)),
             "Name": name,
         }
-        if plan.disk_gib is not None:
-            tags[names.TAG_DISK] = str(plan.disk_gib)
         tries = 0
 
         async def ask() -> str:
@@ -203,10 +202,14 @@ class OnEc2(JobPlace):
             ami=f"resolve:ssm:{parameter}",
             security_groups=tuple(filter(None, [profile.security_group])),
             assign_public_ip=profile.assign_public_ip,
-            disk_gib=plan.disk_gib or USUAL_DISK_GIB,
+            disk_gib=self._disk(plan),
             stack=profile.stack,
         )
         return await ensure_template(self._clients, template_request(wanted))
+
+    @staticmethod
+    def _disk(plan: RunPlan) -> int:
+        return USUAL_DISK_GIB if plan.disk_gib is None else plan.disk_gib
 
     async def _script(self, plan: RunPlan, variables: Mapping[str, str]) -> str:
         client = await self._clients.client("ec2")

@@ -29,8 +29,8 @@ _ARM = re.compile(r"(a1|[a-z]+\d+g[a-z]*(-[a-z0-9]+)?)\.")
 """Types with Graviton processors have a g after the generation."""
 _AMI = re.compile(r"ami-[0-9a-f]{8,17}|resolve:ssm:\S+")
 _OWN_TAGS = ("Name",)
-_MOST_TAGS = 42
-"""A job of AWS Batch has six tags of ours, an instance two more."""
+_MOST_TAGS = 41
+"""A job of AWS Batch has six tags of ours, an instance three more."""
 _MOST_GPUS = 16
 
 
@@ -69,7 +69,7 @@ class EC2(AwsLauncher):
         assign_public_ip: Whether instances get a public address, instead of what the profile says.
         environment: Variables that every worker has. They are part of the instances' user data and
             can be read there: no place for secrets.
-        tags: Put on every instance, its disk and its network interface, besides ours; 42 at most.
+        tags: Put on every instance, its disk and its network interface, besides ours; 41 at most.
         modules: Whether your own modules, those that are imported and not installed, are sent to
             the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
