@@ -49,9 +49,9 @@ def run(*given: Any, **options: Any) -> Any:
             ``args`` is a command. Or nodes.
         args: Arguments of the program. Or the executor.
         options: What ``cloudexec run`` takes: ``profile`` (by default what ``CLOUDEXEC_PROFILE``
-            says, or ``"default"``), ``module``, ``cpus``, ``memory``, ``gpus``, ``arch``,
-            ``spot``, ``on``, ``name``, ``resume``, ``files``, ``outputs``, ``env``, ``image``,
-            ``packages``, ``max_hours``, ``max_cost`` (USD) and ``project``.
+            says, or ``"default"``), ``module``, ``cpus``, ``memory``, ``gpus``,
+            ``disk_gib``, ``arch``, ``spot``, ``on``, ``name``, ``resume``, ``files``, ``outputs``,
+            ``env``, ``image``, ``packages``, ``max_hours``, ``max_cost`` (USD) and ``project``.
 
     Returns:
         The run of the program, which goes on by itself. Or the same as ``nodes``, with values in

@@ -18,6 +18,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import replace
 from types import MappingProxyType
 
 from cloudexec._aws.clients import AwsClients
@@ -212,12 +213,15 @@ class AsyncMonitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
     ) -> list[JobInfo]:
         """See ``Monitor.stoppable``."""
         names = [job] if isinstance(job, str) else list(job or ())
-        if executor is None and not names and not everything and older_than is None:
+        is_limited = older_than is not None or expired
+        if executor is None and not names and not everything and not is_limited:
             raise ConfigError(
-                "say what to stop: executor=, job=, older_than= (seconds) or everything=True"
+                "say what to stop: executor=, job=, older_than= (seconds), expired=True or "
+                "everything=True"
             )
         if older_than is not None and not older_than >= 0:
             raise ConfigError(f"older_than must be 0 seconds or more, not {older_than}")
@@ -236,7 +240,11 @@ class AsyncMonitor:
         if older_than is not None:
             newest = utc_now().timestamp() - older_than
             details = [each for each in details if each["createdAt"] / 1000 <= newest]
-        return await self._infos.infos(details)
+        found = await self._infos.infos(details)
+        if expired:
+            now = utc_now()
+            found = [each for each in found if each.expires_at and each.expires_at < now]
+        return found
 
     async def stop(
         self,
@@ -245,11 +253,16 @@ class AsyncMonitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
         reason: str = "stopped through cloudexec",
     ) -> list[str]:
         """See ``Monitor.stop``."""
         infos = await self.stoppable(
-            executor=executor, job=job, everything=everything, older_than=older_than
+            executor=executor,
+            job=job,
+            everything=everything,
+            older_than=older_than,
+            expired=expired,
         )
         ids = [each.id for each in infos]
         results = await asyncio.gather(
@@ -311,3 +324,34 @@ class AsyncMonitor:
             return
         async for line in self._logs.of(detail, follow=follow, tail=tail):
             yield line
+
+    async def logs_of_attempts(
+        self,
+        log_group: str,
+        streams: Sequence[tuple[int, str]],
+        *,
+        follow: bool = False,
+        tail: int | None = None,
+    ) -> AsyncGenerator[LogLine, None]:
+        """See ``Monitor.logs_of_attempts``."""
+        *before, last = streams
+        for each in [*before, last] if tail is None else [last]:
+            number, stream = each
+            job_id = stream.rpartition("/")[2]  # of a task or an instance
+            described = await self._search.describe([job_id]) if each == last else []
+            container = {
+                "logStreamName": stream,
+                "logConfiguration": {"options": {"awslogs-group": log_group}},
+            }
+            # How one ended that is forgotten is of no matter: there is nothing to wait for.
+            detail = {"jobId": job_id, "status": "FAILED", "container": container}
+            detail |= described[0] if described else {}
+            try:
+                async for line in self._logs.of(detail, follow=follow and each == last, tail=tail):
+                    yield replace(line, attempt=number)
+            except AwsError as exc:
+                if exc.code != "NoLog" or described:
+                    raise
+                if each == last:
+                    text = f"the log {stream} is not in {log_group} (any more)"
+                    raise AwsError(text, code=exc.code, operation=exc.operation) from exc

@@ -339,8 +339,9 @@ async def _cluster(examination: _Examination) -> Check:
         number = counted(len(overdue), "worker")
         text = f"{shown} has {number} past the time limit: {', '.join(sorted(overdue)[:3])}"
         remedy = (
-            f"`cloudexec stop JOB` ends one. Amazon ECS has no time limit: the worker ends itself, "
-            f"if it started and its image has cloudexec {importlib.metadata.version('cloudexec')}"
+            f"`cloudexec stop --expired` ends them. Amazon ECS has no time limit: a worker ends "
+            f"itself, if it started and its image has cloudexec "
+            f"{importlib.metadata.version('cloudexec')}"
         )
         return Check(name=name, outcome="warning", found=text, remedy=remedy)
     if "FARGATE_SPOT" not in providers:

@@ -31,7 +31,8 @@ async def look_at_instances(clients: AwsClients, profile: Profile) -> tuple[str,
         return (
             f"{counted(len(overdue), 'instance')} past the time limit: "
             f"{', '.join(sorted(overdue)[:3])}",
-            "`cloudexec stop ID` ends one. Its own timer has not: its script may not have started",
+            "`cloudexec stop --expired` ends them. Their own timers have not: their scripts may "
+            "not have started",
         )
     role = profile.instance_profile.rpartition("/")[2]
     some = counted(running, "instance") if running else "no instance"

@@ -32,18 +32,14 @@ from cloudexec._aws.job_details import (
     workers_of,
 )
 from cloudexec._aws.job_search import JobSearch
-from cloudexec._aws.limits import DESCRIBE_JOBS, WorkerSize
-from cloudexec._aws.names import TAG_EXPIRES, TAG_PROJECT, TAG_USER
+from cloudexec._aws.limits import DESCRIBE_JOBS, USUAL_DISK_GIB, WorkerSize
+from cloudexec._aws.names import TAG_DISK, TAG_EXPIRES, TAG_PROJECT, TAG_USER
 from cloudexec._aws.paced_calls import PacedCalls
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.records import ACTIVE, JobInfo
 from cloudexec._pricing import WorkerPrice
 
 __all__ = ["JobInfos"]
-
-
-_USUAL_DISK_GIB = 30
-"""Of an instance, which does not say how large its disk is."""
 
 
 class _Budget:
@@ -207,13 +203,16 @@ class JobInfos:
     ) -> WorkerPrice:
         """Return the price of an instance: as AWS has told it, or else as a table has it."""
         spot, per_hour = bool(detail["spot"]), detail.get("perHour")
+        # An instance itself does not say how large its disk is.
+        tagged = str(detail.get("tags", {}).get(TAG_DISK, ""))
+        disk_gib = int(tagged) if tagged.isdecimal() else USUAL_DISK_GIB
         has_address = container.get("networkConfiguration", {}).get("assignPublicIp") == "ENABLED"
         if per_hour is not None:
             return instance_price(
                 self.table(),
                 float(per_hour),
                 spot=spot,
-                disk_gib=_USUAL_DISK_GIB,
+                disk_gib=disk_gib,
                 public_ip=has_address,
                 estimated=spot,
                 region=self._calls.region,
@@ -224,7 +223,7 @@ class JobInfos:
             WorkerSize(vcpus=vcpus or 1, memory_mib=memory_mib or 1, gpus=gpus_of(container)),
             arch=arch_of(container),
             spot=spot,
-            disk_gib=_USUAL_DISK_GIB,
+            disk_gib=disk_gib,
             public_ip=has_address,
             region=self._calls.region,
             instance_type=str(detail["instanceType"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cloudexec._config import parse_bytes
+from cloudexec._config import check_count, parse_bytes
 from cloudexec._errors import ConfigError
 
 __all__ = [
@@ -18,8 +18,11 @@ __all__ = [
     "OVERRIDE_CHARACTERS",
     "SUBMIT_BYTES",
     "TAGS",
+    "USUAL_DISK_GIB",
     "WorkerSize",
+    "check_instance_disk",
     "default_memory",
+    "fargate_disk",
     "fargate_memories",
     "fargate_size",
     "fargate_size_for",
@@ -65,6 +68,11 @@ _MOST_MIB = 32 * 1024 * 1024
 _MOST_VCPUS = 1920
 _MOST_GPUS = 16
 """Most GPUs of an instance. Amazon EC2, "Instance types": u7inh-32tb.480xlarge, p2.16xlarge."""
+_FARGATE_DISKS = range(20, 201)
+USUAL_DISK_GIB = 30
+"""Disk of an instance that is asked for without AWS Batch: as large as the image of its system."""
+_MOST_DISK_GIB = 65536
+"""Of a gp3 volume. Amazon EBS User Guide, "General Purpose SSD volumes"."""
 _LEAST_MIB = 256
 """The least memory of a worker: what its own processes need, and a little more."""
 
@@ -234,6 +242,36 @@ def instance_size(vcpus: float, memory: str | int) -> WorkerSize:
             f"or more, not {vcpus:g} vCPU with {format_memory(mib)}; the nearest: {names}"
         )
     return WorkerSize(memory_mib=mib, vcpus=vcpus)
+
+
+def fargate_disk(gib: int | None) -> int | None:
+    """Return the size of a disk as definitions for Fargate have it; ``None``: that without one.
+
+    Raises:
+        ConfigError: If there is none of this size.
+
+    References:
+        Amazon ECS API Reference, "EphemeralStorage": 21 to 200 GiB, and 20 by default.
+    """
+    if gib is None or gib == _FARGATE_DISKS[0]:
+        return None
+    if gib not in _FARGATE_DISKS:
+        raise ConfigError(
+            f"disks on Fargate have {_FARGATE_DISKS[0]} to {_FARGATE_DISKS[-1]} GiB, not {gib}: "
+            f"--on ec2 has larger ones"
+        )
+    return gib
+
+
+def check_instance_disk(gib: int) -> None:
+    """Complain if an instance cannot have a disk of this size.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    check_count("disk_gib", gib, least=USUAL_DISK_GIB)
+    if gib > _MOST_DISK_GIB:
+        raise ConfigError(f"disk_gib must be {_MOST_DISK_GIB} or less, not {gib}")
 
 
 def instance_size_for(cpus: float, memory_mib: int, gpus: int) -> WorkerSize:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import (
-    AsyncIterator,
+    AsyncGenerator,
     Iterable,
     Iterator,
     Sequence,
@@ -150,7 +150,32 @@ class Monitor:
                 AWS refuses, or cannot be reached.
             ConfigError: If several jobs have the name, or ``tail`` is out of its range.
         """
-        lines = self._async.logs(job_or_worker, follow=follow, tail=tail)
+        yield from self._each(self._async.logs(job_or_worker, follow=follow, tail=tail))
+
+    def logs_of_attempts(
+        self,
+        log_group: str,
+        streams: Sequence[tuple[int, str]],
+        follow: bool = False,
+        tail: int | None = None,
+    ) -> Iterator[LogLine]:
+        """Yield the lines of tasks or instances, which AWS need not remember, one after the other.
+
+        Args:
+            log_group: Of all of them.
+            streams: Number and log stream of each.
+            follow: Wait for more lines until the last one has ended.
+            tail: Begin with so many lines at the end of the last one.
+
+        Raises:
+            AwsError: If the last one has no log (``code`` ``"NoLog"``), AWS refuses, or cannot be
+                reached.
+        """
+        yield from self._each(
+            self._async.logs_of_attempts(log_group, streams, follow=follow, tail=tail)
+        )
+
+    def _each(self, lines: AsyncGenerator[LogLine, None]) -> Iterator[LogLine]:
         try:
             while True:
                 line = self._thread.run(_next(lines))
@@ -168,11 +193,16 @@ class Monitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
     ) -> list[JobInfo]:
         """Return the jobs that ``stop`` with the same arguments would stop."""
         return self._thread.run(
             self._async.stoppable(
-                executor=executor, job=job, everything=everything, older_than=older_than
+                executor=executor,
+                job=job,
+                everything=everything,
+                older_than=older_than,
+                expired=expired,
             )
         )
 
@@ -182,6 +212,7 @@ class Monitor:
         job: str | Sequence[str] | None = None,
         everything: bool = False,
         older_than: float | None = None,
+        expired: bool = False,
         *,
         reason: str = "stopped through cloudexec",
     ) -> list[str]:
@@ -192,6 +223,7 @@ class Monitor:
             job: Stop this job, or these, named as for ``logs``. An array is stopped as a whole.
             everything: Stop all jobs of all executors.
             older_than: Stop only jobs that were submitted at least so many seconds ago.
+            expired: Stop only jobs that run past their time limit.
             reason: The reason that AWS Batch shows for the jobs.
 
         Returns:
@@ -207,6 +239,7 @@ class Monitor:
                 job=job,
                 everything=everything,
                 older_than=older_than,
+                expired=expired,
                 reason=reason,
             )
         )
@@ -227,7 +260,7 @@ class Monitor:
         return self._thread.run(self._async.cost(executor, refresh=refresh))
 
 
-async def _next(lines: AsyncIterator[LogLine]) -> LogLine | None:
+async def _next(lines: AsyncGenerator[LogLine, None]) -> LogLine | None:
     return await anext(lines, None)
 
 

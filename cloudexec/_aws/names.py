@@ -16,6 +16,7 @@ __all__ = [
     "RUNS_PREFIX",
     "RUN_EXECUTOR",
     "TAG_ATTEMPT",
+    "TAG_DISK",
     "TAG_EXECUTOR",
     "TAG_EXPIRES",
     "TAG_JOB",
@@ -43,6 +44,7 @@ TAG_EXPIRES = "cloudexec:expires"
 TAG_JOB = "cloudexec:job"
 """Name of the job that an EC2 instance belongs to, where there is no AWS Batch."""
 TAG_ATTEMPT = "cloudexec:attempt"
+TAG_DISK = "cloudexec:disk-gib"
 """Number of the attempt, on the EC2 instance of a run."""
 TAG_RUN = "cloudexec:run"
 """The run's name, on jobs of executors in a program that ``cloudexec run`` has started."""

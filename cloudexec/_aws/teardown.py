@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.names import (
@@ -82,10 +83,13 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     for queue in resources.get("AWS::Batch::JobQueue", ()):
         jobs |= await _active_jobs(clients, queue)
     jobs |= await active_instances(clients, stack_name(name))
-    runs = [_RUN_JOB.fullmatch(name) for name in jobs.values()]
-    tasks: set[str] = set()
     for cluster in resources.get("AWS::ECS::Cluster", ()):
-        tasks |= await _active_tasks(clients, cluster)
+        tasks = await _active_tasks(clients, cluster)
+        # Those that ended since they were listed count as well.
+        jobs |= dict.fromkeys(tasks, "")
+        async for each in _described(clients, cluster, tasks):
+            jobs[each["taskArn"]] = each.get("startedBy", "")
+    runs = {run[1] for job in jobs.values() if (run := _RUN_JOB.fullmatch(job)) is not None}
     objects, has_more = 0, False
     for bucket in resources.get("AWS::S3::Bucket", ()):
         try:
@@ -106,8 +110,8 @@ async def take_stock(clients: AwsClients, name: str) -> Stock:
     of_tasks, _ = await _task_definitions(clients, stack_name(name), roles)
     return Stock(
         stack=stack,
-        jobs=len(jobs) + len(tasks),
-        runs=tuple(sorted(each[1] for each in runs if each is not None)),
+        jobs=len(jobs),
+        runs=tuple(sorted(runs)),
         objects=objects,
         has_more_objects=has_more,
         images=images,
@@ -333,12 +337,22 @@ async def _end_tasks(
 
 async def _ending(clients: AwsClients, cluster: str, tasks: Iterable[str]) -> set[str]:
     """Return the tasks that have not stopped yet."""
-    ordered, found = sorted(tasks), set[str]()
+    return {
+        each["taskArn"]
+        async for each in _described(clients, cluster, tasks)
+        if each["lastStatus"] != "STOPPED"
+    }
+
+
+async def _described(
+    clients: AwsClients, cluster: str, tasks: Iterable[str]
+) -> AsyncIterator[Mapping[str, Any]]:
+    ordered = sorted(tasks)
     for at in range(0, len(ordered), DESCRIBE_TASKS):
         some = ordered[at : at + DESCRIBE_TASKS]
         answer = await clients.call("ecs", "describe_tasks", cluster=cluster, tasks=some)
-        found |= {each["taskArn"] for each in answer["tasks"] if each["lastStatus"] != "STOPPED"}
-    return found
+        for each in answer["tasks"]:
+            yield each
 
 
 async def _definitions(clients: AwsClients, stack: str, roles: Iterable[str]) -> AsyncIterator[str]:

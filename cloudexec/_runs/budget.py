@@ -43,11 +43,35 @@ class Budget:
             self.place: Place | None = place_named(plan.on, clients, profile)
         else:
             self.place = None
-        self.known = Known()
-        """What the bucket has of the run's jobs; of those that AWS forgets soon, what they cost."""
+        self._known: Known | None = None
+        """What the bucket has of the run's jobs; ``None``: it has not been read."""
         self._bucket = bucket
         self._plan = plan
         self._every = every
+
+    async def known(self) -> Known:
+        """Return what the bucket has of the run's jobs; of those that AWS forgets soon, the cost.
+
+        Raises:
+            CloudexecError: If it cannot be read.
+        """
+        if self._known is None:
+            read = self._bucket
+            self._known = Known() if read is None else await read.known(self._plan.start_id)
+        return self._known
+
+    async def begun_by(self, job_id: str) -> None:
+        """Write that another job runs the program.
+
+        Raises:
+            CloudexecError: If the bucket cannot be reached.
+        """
+        await self._put((await self.known()).begun_by(job_id))
+
+    async def _put(self, known: Known) -> None:
+        self._known = known
+        if self._bucket is not None:
+            await self._bucket.put_known(self._plan.start_id, known)
 
     async def reached(self) -> str:
         """Wait until the ceiling is reached, for ever if there is none; say so."""
@@ -70,38 +94,43 @@ class Budget:
             f"${found.workers_usd:.4f}: that is the ceiling of ${most:g} (--max-cost)"
         )
 
-    async def _look(self) -> MachineState | None:
+    async def _look(self, *, is_last: bool = False) -> MachineState | None:
         """Look at the run's jobs; ``None``: AWS does not answer, or does not know them.
 
         The machine's own time limit holds in any case.
+
+        Args:
+            is_last: Whether the program has ended.
         """
         if self.place is None:
             return None
         try:
-            found = (await self.place.find([self._plan], {self._plan.name: self.known})).get(
+            known = await self.known()
+            found = (await self.place.find([self._plan], {self._plan.name: known})).get(
                 self._plan.name
             )
-        except AwsError:
+        except CloudexecError:
             return None
         if found is not None:
-            await self._write_down(found)
+            await self._write_down(known, found.known, is_last=is_last)
         return found
 
-    async def _write_down(self, found: MachineState) -> None:
+    async def _write_down(self, before: Known, now: Known, *, is_last: bool) -> None:
         """Write what jobs have cost that AWS forgets soon, when one more of them has ended."""
-        ended = {key for key, each in found.known.costs.items() if each.has_ended}
-        is_new = not ended <= {key for key, each in self.known.costs.items() if each.has_ended}
-        self.known = replace(self.known, costs=found.known.costs)
-        if is_new and self._bucket is not None:
+        had_ended, has_ended = (
+            {key for key, each in known.costs.items() if each.has_ended} for known in (before, now)
+        )
+        self._known = replace(before, costs=now.costs)
+        if not has_ended <= had_ended or (is_last and now.costs):
             with contextlib.suppress(CloudexecError):  # the next one that ends is another occasion
-                await self._bucket.put_known(self._plan.start_id, self.known)
+                await self._put(self._known)
 
     async def settle(self) -> float:
         """End workers of executors that have not done so, as nobody would; say what workers cost.
 
         That is as much as is known, if AWS does not answer.
         """
-        found = await self._look()
+        found = await self._look(is_last=True)
         if found is None or self.place is None:
             return 0.0
         if found.workers:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cloudexec._aws.job_details import required_time
 from cloudexec._runs.info import RunInfo
-from cloudexec._runs.known import Known
+from cloudexec._runs.known import Known, KnownEnd
 from cloudexec._runs.places import MachineState, has_place
 from cloudexec._runs.plan import RunPlan, RunResult
 from cloudexec._runs.protocol import TIME_IS_UP
 
-__all__ = ["KILLED", "Found", "Look", "Position"]
+__all__ = ["KILLED", "Found", "Look", "Position", "with_end"]
 
 _PREPARING = 3600.0
 """Seconds in which a run whose machine is not known may yet be about to start."""
@@ -70,34 +69,28 @@ class Found:
             return "stopped"
         return "succeeded" if self.exit_code == 0 else "failed"
 
-    @property
-    def _said(self) -> str:
-        """What the machine has to say of the program's end, such as that files are lost."""
-        return self.result.reason if self.result is not None and self.result.is_final else ""
-
     def info(self) -> RunInfo:
         """Return what users are told."""
         plan, machine, result = self.plan, self.machine, self.result
         seconds = 0.0 if machine is None else machine.run_seconds
         cost = 0.0 if machine is None else machine.cost_usd
         workers = 0.0 if machine is None else machine.workers_usd
-        if machine is None and result is not None:
+        if result is not None and (machine is None or machine.is_remembered):
             # Its place has forgotten the job.
-            last = self.known.attempts[-1:]
-            before = [
-                each for key, each in self.known.costs.items() if each.is_own and key not in last
-            ]
+            workers = max(workers, result.workers_usd)
+        if machine is None and result is not None:
             seconds = result.ended_at - result.started_at
-            cost = seconds / 3600 * plan.per_hour_usd + math.fsum(each.usd for each in before)
-            seconds += math.fsum(each.seconds for each in before)
-            workers = result.workers_usd
-        reason = "" if machine is None else machine.reason
-        reason = self._said or reason
+            cost = seconds / 3600 * plan.per_hour_usd
+        if result is not None and result.is_final:
+            # Such as that files are lost; nothing, where the program ended by itself.
+            reason = result.reason
+        else:
+            reason = "" if machine is None or self.state == "succeeded" else machine.reason
         return RunInfo(
             name=plan.name,
             state=self.state,
             exit_code=self.exit_code,
-            reason=self._said if self.state == "succeeded" else reason,
+            reason=reason,
             command=plan.title,
             user=plan.user,
             project=plan.project,
@@ -134,6 +127,8 @@ class Position:
         """Whether nothing more is to be expected."""
         if machine.phase != "ended":
             return False
+        if machine.is_remembered:
+            return self.has_last_line or self.quiet > 0  # its log is complete
         # A program may end itself with 137.
         was_killed = machine.was_stopped or (machine.exit_code in KILLED and not self.has_result)
         return self.has_last_line or self.quiet > (_QUIET if was_killed else _PATIENCE)
@@ -146,3 +141,21 @@ class Look:
     machine: MachineState
     lines: Sequence[str]
     position: Position
+
+
+def with_end(known: Known, plan: RunPlan, result: RunResult | None) -> Known:
+    """Add how the program ended, as its machine has written it, for a place that has forgotten it.
+
+    That is where each attempt is a machine of its own.
+    """
+    if result is None or not result.is_final or not known.attempts:
+        return known
+    end = KnownEnd(
+        created_at=required_time(plan.created_at * 1000),
+        started_at=required_time(result.started_at * 1000) if result.started_at else None,
+        stopped_at=required_time(result.ended_at * 1000) if result.ended_at else None,
+        exit_code=result.exit_code,
+        reason=result.reason,
+        was_stopped=result.was_stopped,
+    )
+    return replace(known, end=end)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from cloudexec._aws import names
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.diagnosis import cause_of_end, cause_of_refusal, is_out_of_capacity
+from cloudexec._aws.diagnosis import Cause, cause_of_end, cause_of_refusal, is_out_of_capacity
 from cloudexec._aws.function_search import FunctionSearch, is_invocation_id
 from cloudexec._aws.instance_script import container_stream
 from cloudexec._aws.instance_search import InstanceSearch, is_instance_id
@@ -38,7 +38,7 @@ from cloudexec._runs.places import MachineState, StillRunning
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import TIME_IS_UP
 
-__all__ = ["JobPlace", "no_room", "run_job_name"]
+__all__ = ["JobPlace", "refused", "run_job_name"]
 
 _T = TypeVar("_T")
 _NONE: Mapping[str, Known] = MappingProxyType({})
@@ -56,8 +56,6 @@ _PHASES = {
 }
 _CLOCK_SKEW = 300.0
 """Seconds by which the clock of a client may be fast. The SDK corrects requests by no more."""
-_QUEUED = timedelta(days=1)
-"""How long a job may wait, for its tag with the time at which it has ended at the latest."""
 
 
 class JobPlace(ABC):
@@ -80,6 +78,9 @@ class JobPlace(ABC):
     machine does so, and each attempt is a job of its own."""
     remembers: float
     """Seconds for which the place knows a job that has ended."""
+    overhead: float
+    """Seconds of a machine's life besides those of its program, at the most: its tag says when it
+    has ended at the latest."""
 
     def __init__(self, clients: AwsClients, profile: Profile) -> None:
         self._clients = clients
@@ -125,12 +126,14 @@ class JobPlace(ABC):
             log_group=profile.log_group,
             region=self._clients.region,
             assign_public_ip=profile.assign_public_ip,
+            ephemeral_gib=plan.disk_gib,
             stack=profile.stack,
             size=WorkerSize(vcpus=plan.vcpus, memory_mib=plan.memory_mib, gpus=plan.gpus),
         )
 
     def _tags(self, plan: RunPlan) -> dict[str, str]:
-        expires = datetime.now(UTC) + _QUEUED + timedelta(seconds=plan.max_seconds)
+        longest = timedelta(seconds=_CLOCK_SKEW + self.overhead + plan.max_seconds)
+        expires = datetime.now(UTC) + longest
         tags = {
             names.TAG_EXECUTOR: f"{names.RUN_EXECUTOR}{plan.name}",
             names.TAG_RUN: plan.name,
@@ -270,6 +273,13 @@ class JobPlace(ABC):
             if known.end is None:
                 return None
             end = known.end
+            last = known.costs.get(known.job_id)
+            if end.started_at is not None and end.stopped_at is not None:
+                # The last look at it may have been long before its end.
+                ran = (end.stopped_at - end.started_at).total_seconds()
+                missing = max(0.0, ran - (0.0 if last is None else last.seconds))
+                seconds += missing
+                cost += missing / 3600 * plan.per_hour_usd
             return MachineState(
                 job_id=known.job_id,
                 phase="ended",
@@ -286,6 +296,7 @@ class JobPlace(ABC):
                 cost_usd=cost,
                 workers_usd=workers_usd,
                 workers=active,
+                is_estimate=True,
                 known=known,
                 is_remembered=True,
             )
@@ -378,7 +389,14 @@ def run_job_name(plan: RunPlan) -> str:
     return names.job_name(f"{names.RUN_EXECUTOR}{plan.name}", f"r{plan.start_id}")
 
 
-def no_room(spot: bool) -> str:
+def refused(cause: Cause, plan: RunPlan, *, code: str, operation: str) -> AwsError:
+    """Say why a place without a queue has started no machine; it may be asked again if that may
+    pass."""
+    text = f"{cause.text}. {_no_room(plan.spot)}" if cause.no_room else str(cause)
+    return AwsError(text, code=code, operation=operation, transient=not cause.fatal)
+
+
+def _no_room(spot: bool) -> str:
     """Say what to do where there is no capacity or no quota for a machine."""
     on_demand = "without --spot, " if spot else ""
     return f"Try {on_demand}another size, or later; --on batch waits in a queue until there is room"
@@ -451,7 +469,7 @@ def _why_it_ended(details: Mapping[str, Any], state: MachineState) -> str:
     if end.reclaimed:
         return f"AWS took its machine back in attempt {state.attempts}, the last one ({said})"
     if is_out_of_capacity(said):
-        return f"AWS has no capacity of this kind: {said}. {no_room(details.get('spot', False))}"
+        return f"AWS has no capacity of this kind: {said}. {_no_room(details.get('spot', False))}"
     if end.exit_code is not None:
         return f"it ended with exit code {end.exit_code} ({said})"
     return str(cause_of_end(end))

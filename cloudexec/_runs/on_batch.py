@@ -12,6 +12,7 @@ from cloudexec._aws.diagnosis import cause_of_waiting
 from cloudexec._aws.limits import (
     WorkerSize,
     default_memory,
+    fargate_disk,
     fargate_size_for,
     instance_size_for,
 )
@@ -34,6 +35,8 @@ class OnBatch(JobPlace):
     tries_again = True
     remembers = 7 * 86400.0
     """AWS Batch User Guide, "Job states": jobs that have ended are kept for 7 days or more."""
+    overhead = 86400.0
+    """A job may wait in its queue; AWS Batch itself ends it when its program's time is over."""
 
     # The machine.
 
@@ -47,6 +50,12 @@ class OnBatch(JobPlace):
                 f"the queues of `cloudexec up --ec2` have x86_64 instances, and none with {size} "
                 f"of arm64: leave out --arch, or ask for what Fargate has"
             )
+        if compute == "ec2" and request.disk_gib is not None:
+            raise ConfigError(
+                f"a machine with {size} is on EC2, where the compute environment of AWS Batch says "
+                f"how large disks are: leave out --disk, or give --on ec2"
+            )
+        disk = fargate_disk(request.disk_gib)
         price = self._prices.worker(
             vcpus=size.vcpus,
             memory_mib=size.memory_mib,
@@ -54,10 +63,11 @@ class OnBatch(JobPlace):
             arch=request.arch,
             compute=compute,
             spot=request.spot,
+            ephemeral_gib=disk,
             public_ip=self._profile.assign_public_ip,
             region=self._clients.region,
         )
-        return Machine(size=size, compute=compute, price=price)
+        return Machine(size=size, compute=compute, price=price, disk_gib=disk)
 
     def _queue(self, compute: str, *, spot: bool) -> str:
         kind = compute + ("_spot" if spot else "")

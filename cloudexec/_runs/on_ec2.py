@@ -36,12 +36,17 @@ from cloudexec._aws.instance_script import (
     machine_script,
 )
 from cloudexec._aws.instance_search import BY_ITSELF, BY_USER, RECLAIMED
-from cloudexec._aws.limits import WorkerSize, instance_size_for
+from cloudexec._aws.limits import (
+    USUAL_DISK_GIB,
+    WorkerSize,
+    check_instance_disk,
+    instance_size_for,
+)
 from cloudexec._aws.machines import ensure_template, find_instances, start_instances
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.records import ACTIVE
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._runs.job_place import JobPlace, no_room, run_job_name
+from cloudexec._runs.job_place import JobPlace, refused, run_job_name
 from cloudexec._runs.places import Machine, MachineRequest, MachineState
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import ATTEMPT_VARIABLE, MACHINE_VARIABLE
@@ -52,7 +57,6 @@ _TOKENS = 1000
 """Client tokens that each attempt may use: one for each request that Amazon EC2 has answered with a
 failure."""
 _NO_INSTANCE = "CreateFleetError"
-_DISK_GIB = 30
 _BOOT_SECONDS = 900.0
 """Seconds from the launch of an instance to the start of its program, at the most."""
 _LAST_SECONDS = 300.0
@@ -74,6 +78,7 @@ class OnEc2(JobPlace):
     remembers = 3600.0
     """Amazon EC2 User Guide, "Terminate Amazon EC2 instances": they stay visible for a while, which
     is about an hour."""
+    overhead = _BOOT_SECONDS + _LAST_SECONDS
 
     def __init__(self, clients: AwsClients, profile: Profile) -> None:
         super().__init__(clients, profile)
@@ -92,16 +97,18 @@ class OnEc2(JobPlace):
         cpus = request.cpus
         mib = math.ceil(2048 * cpus) if request.memory_mib is None else request.memory_mib
         size = instance_size_for(cpus, mib, request.gpus)
+        disk = USUAL_DISK_GIB if request.disk_gib is None else request.disk_gib
+        check_instance_disk(disk)
         price = assumed_price(
             self._prices,
             size,
             arch=request.arch,
             spot=request.spot,
-            disk_gib=_DISK_GIB,
+            disk_gib=disk,
             public_ip=self._profile.assign_public_ip,
             region=self._clients.region,
         )
-        return Machine(size=size, compute="instance", price=price)
+        return Machine(size=size, compute="instance", price=price, disk_gib=request.disk_gib)
 
     def _check(self) -> None:
         """Complain if the stack has nothing for such instances."""
@@ -139,6 +146,7 @@ class OnEc2(JobPlace):
             **self._tags(plan),
             names.TAG_JOB: name,
             names.TAG_ATTEMPT: str(attempt),
+            names.TAG_DISK: str(self._disk(plan)),
             "Name": name,
         }
         tries = 0
@@ -169,7 +177,8 @@ class OnEc2(JobPlace):
                     return await self._started(plan, attempt)
                 reason = worst_of(answer.errors)
             tries += 1  # this token stands for a request that has failed
-            raise _refused(reason, plan)
+            cause = cause_of_refused_fleet(reason, spot=False)
+            raise refused(cause, plan, code=_NO_INSTANCE, operation="ec2:CreateFleet")
 
         return await self._surely(ask)
 
@@ -193,10 +202,14 @@ class OnEc2(JobPlace):
             ami=f"resolve:ssm:{parameter}",
             security_groups=tuple(filter(None, [profile.security_group])),
             assign_public_ip=profile.assign_public_ip,
-            disk_gib=_DISK_GIB,
+            disk_gib=self._disk(plan),
             stack=profile.stack,
         )
         return await ensure_template(self._clients, template_request(wanted))
+
+    @staticmethod
+    def _disk(plan: RunPlan) -> int:
+        return USUAL_DISK_GIB if plan.disk_gib is None else plan.disk_gib
 
     async def _script(self, plan: RunPlan, variables: Mapping[str, str]) -> str:
         client = await self._clients.client("ec2")
@@ -210,7 +223,7 @@ class OnEc2(JobPlace):
                 log_group=self._profile.log_group,
                 environment=variables,
                 own_variables={MACHINE_VARIABLE: "{instance}"},
-                lifetime=_BOOT_SECONDS + plan.max_seconds + _LAST_SECONDS,
+                lifetime=self.overhead + plan.max_seconds,
                 spot=plan.spot,
                 gpus=bool(plan.gpus),
                 # Workers of executors in it dial the instance's address.
@@ -278,12 +291,3 @@ class OnEc2(JobPlace):
         """Say so by what Amazon EC2 says of the instance."""
         cause = cause_of_waiting_instances(Situation(statuses={str(details["status"]): 1}))
         return "" if cause is None else str(cause)
-
-
-def _refused(reason: str, plan: RunPlan) -> AwsError:
-    """Say why Amazon EC2 has started no instance; it may be asked again if that may pass."""
-    cause = cause_of_refused_fleet(reason, spot=False)
-    text = str(cause)
-    if cause.no_room:
-        text = f"{cause.text}. {no_room(plan.spot)}"
-    return AwsError(text, code=_NO_INSTANCE, operation="ec2:CreateFleet", transient=not cause.fatal)

@@ -12,12 +12,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloudexec._aws.diagnosis import Situation
-from cloudexec._aws.limits import ECS_MOST_VCPUS, WorkerSize, fargate_size_for, format_memory
+from cloudexec._aws.limits import (
+    ECS_MOST_VCPUS,
+    WorkerSize,
+    fargate_disk,
+    fargate_size_for,
+    format_memory,
+)
 from cloudexec._aws.task_definitions import ensure_task_definition
 from cloudexec._aws.task_diagnosis import cause_of_refused_task, cause_of_waiting_tasks, may_pass
 from cloudexec._aws.task_requests import Placement, run_task_request, task_definition_request
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._runs.job_place import JobPlace, no_room, run_job_name
+from cloudexec._runs.job_place import JobPlace, refused, run_job_name
 from cloudexec._runs.places import Machine, MachineRequest, MachineState
 from cloudexec._runs.plan import RunPlan
 from cloudexec._runs.protocol import ATTEMPT_VARIABLE
@@ -38,6 +44,8 @@ class OnFargate(JobPlace):
     tries_again = False
     remembers = 3600.0
     """Amazon ECS API Reference, "DescribeTasks": tasks that have stopped are shown for an hour."""
+    overhead = 3600.0
+    """AWS does not say how long an image may load."""
 
     # The machine.
 
@@ -59,16 +67,18 @@ class OnFargate(JobPlace):
                 f" the largest has 16 vCPU and 120GiB. --on batch has up to 32 vCPU on Fargate, "
                 f"and more on EC2"
             ) from exc
+        disk = fargate_disk(request.disk_gib)
         price = self._prices.worker(
             vcpus=size.vcpus,
             memory_mib=size.memory_mib,
             arch=request.arch,
             compute="fargate",
             spot=request.spot,
+            ephemeral_gib=disk,
             public_ip=self._profile.assign_public_ip,
             region=self._clients.region,
         )
-        return Machine(size=size, compute="fargate", price=price)
+        return Machine(size=size, compute="fargate", price=price, disk_gib=disk)
 
     def _placement(self) -> Placement:
         profile = self._profile
@@ -129,7 +139,8 @@ class OnFargate(JobPlace):
                 failures = answer.get("failures", ())
                 failure = next((str(each.get("reason", "")) for each in failures), "")
             tries += 1  # this token stands for a request that has failed
-            raise _refused(failure, plan)
+            cause = cause_of_refused_task(failure, spot=False)
+            raise refused(cause, plan, code=_NO_TASK, operation="ecs:RunTask")
 
         return await self._surely(ask)
 
@@ -161,12 +172,3 @@ def _id_of(arns: list[str], exc: AwsError | None = None) -> str:
         assert exc is not None
         raise exc
     return arns[0].rpartition("/")[2]
-
-
-def _refused(reason: str, plan: RunPlan) -> AwsError:
-    """Say why Amazon ECS has started no task; it may be asked again if that may pass."""
-    cause = cause_of_refused_task(reason, spot=False)
-    text = str(cause)
-    if cause.no_room:
-        text = f"{cause.text}. {no_room(plan.spot)}"
-    return AwsError(text, code=_NO_TASK, operation="ecs:RunTask", transient=not cause.fatal)

@@ -44,6 +44,8 @@ class MachineRequest:
     memory_mib: int | None = None
     """``None``: 2 GiB for each processor, or a little more."""
     gpus: int = 0
+    disk_gib: int | None = None
+    """``None``: what the place gives without being asked."""
     arch: str = "x86_64"
     """``"x86_64"`` or ``"arm64"``."""
     spot: bool = False
@@ -57,6 +59,8 @@ class Machine:
     compute: str
     """What kind of machine it is, in the place's words, such as ``"fargate"``."""
     price: WorkerPrice
+    disk_gib: int | None = None
+    """``None``: what the place gives without being asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,8 @@ class RunPlan:
     vcpus: float = 1.0
     memory_mib: int = 2048
     gpus: int = 0
+    disk_gib: int | None = None
+    """``None``: what the place gives without being asked."""
     arch: str = "x86_64"
     compute: str = "fargate"
     spot: bool = False

@@ -90,6 +90,7 @@ def make_request(
     cpus: float = 1,
     memory: str | int | None = None,
     gpus: int = 0,
+    disk_gib: int | None = None,
     arch: str = "x86_64",
     spot: bool = False,
     on: str = "batch",
@@ -113,6 +114,8 @@ def make_request(
     check_positive("cpus", cpus)
     check_positive("max_hours", max_hours)
     check_count("gpus", gpus, least=0)
+    if disk_gib is not None:
+        check_count("disk_gib", disk_gib, least=1)
     if arch not in ("x86_64", "arm64"):
         raise ConfigError(f"arch must be 'x86_64' or 'arm64', not {arch!r}")
     kind = "module" if module else "notebook" if target.endswith(".ipynb") else "script"
@@ -136,6 +139,7 @@ def make_request(
             cpus=cpus,
             memory_mib=None if memory is None else parse_memory(memory),
             gpus=gpus,
+            disk_gib=disk_gib,
             arch=arch,
             spot=spot,
         ),

@@ -23,9 +23,10 @@ from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.aws.image import find_image
 from cloudexec._runs.bucket import OutputFile, RunBucket, list_names
 from cloudexec._runs.files import collect, packed
-from cloudexec._runs.found import KILLED, Found, Look, Position
+from cloudexec._runs.found import KILLED, Found, Look, Position, with_end
 from cloudexec._runs.known import Known, KnownEnd
 from cloudexec._runs.places import (
+    Machine,
     MachineRequest,
     MachineState,
     Place,
@@ -160,7 +161,7 @@ class AsyncRuns:
         name = check_name(request.name) if request.name else new_name(title)
         seconds = _limit(request, machine.price.per_hour)
         files = await asyncio.to_thread(collect, request.kind, request.target, request.files)
-        _report_plan(report, name, request, seconds, machine.price.per_hour, str(machine.size))
+        _report_plan(report, name, request, seconds, machine)
         image = await find_image(
             self._clients,
             self._profile,
@@ -188,6 +189,7 @@ class AsyncRuns:
             vcpus=machine.size.vcpus,
             memory_mib=machine.size.memory_mib,
             gpus=machine.size.gpus,
+            disk_gib=machine.disk_gib,
             arch=request.machine.arch,
             compute=machine.compute,
             spot=request.machine.spot,
@@ -276,7 +278,7 @@ class AsyncRuns:
         result, known = await asyncio.gather(
             bucket.result(plan.start_id), bucket.known(plan.start_id)
         )
-        machines = await self._place(plan.on).find([plan], {name: known})
+        machines = await self._place(plan.on).find([plan], {name: with_end(known, plan, result)})
         found = self._found(plan, machines.get(name), result, known)
         await self._note_ends([found])
         return found
@@ -360,9 +362,11 @@ class AsyncRuns:
         machines: dict[str, MachineState] = {}
         # A newer release may have started runs in other places.
         for on in {plan.on for plan, _ in read_ if has_place(plan.on)}:
-            there = [plan for plan, _ in read_ if plan.on == on]
-            known_there = {each.name: known[each.name] for each in there}
-            machines |= await self._place(on).find(there, known_there)
+            there = [(plan, result) for plan, result in read_ if plan.on == on]
+            known_there = {
+                plan.name: with_end(known[plan.name], plan, result) for plan, result in there
+            }
+            machines |= await self._place(on).find([plan for plan, _ in there], known_there)
         found = [
             self._found(plan, machines.get(plan.name), result, known[plan.name])
             for plan, result in read_
@@ -458,6 +462,17 @@ class AsyncRuns:
             if page["nextForwardToken"] == token:
                 break
         return lines
+
+    async def streams(self, name: str) -> tuple[str, Sequence[tuple[int, str]]]:
+        """Return the log group of a run, and number and log stream of each of its attempts.
+
+        There are none where AWS Batch has them as attempts of one job.
+        """
+        plan = await self.bucket(name).plan()
+        if not has_place(plan.on) or self._place(plan.on).tries_again:
+            return "", ()
+        machine = (await self.find(name)).machine
+        return ("", ()) if machine is None else (machine.log_group, machine.streams)
 
     # The end.
 
@@ -598,14 +613,15 @@ def _limit(request: RunRequest, per_hour: float) -> int:
 
 
 def _report_plan(
-    report: Report, name: str, request: RunRequest, seconds: int, per_hour: float, size: str
+    report: Report, name: str, request: RunRequest, seconds: int, machine: Machine
 ) -> None:
-    hours = seconds / 3600
+    hours, per_hour = seconds / 3600, machine.price.per_hour
     limit = f"{hours:.3g} h" if hours >= 1 else f"{seconds // 60} min"
     spot = " on Spot" if request.machine.spot else ""
+    disk = f", {machine.disk_gib} GiB of disk" if machine.disk_gib else ""
     report(
-        f"run {name}: {size}{spot}, about ${per_hour:.3f} an hour; it ends after {limit} at the "
-        f"latest, which would cost ${(hours + _PULL_SECONDS / 3600) * per_hour:.2f}"
+        f"run {name}: {machine.size}{disk}{spot}, about ${per_hour:.3f} an hour; it ends after "
+        f"{limit} at the latest, which would cost ${(hours + _PULL_SECONDS / 3600) * per_hour:.2f}"
     )
 
 

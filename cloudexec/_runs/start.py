@@ -116,4 +116,7 @@ class Start:
             start_id=plan.start_id,
             was_stopped=not has_failed,
         )
+        if not self._place.tries_again:
+            # A machine whose request had no answer may begin later, and looks for this.
+            await bucket.put_stop(plan.start_id, reason)
         await bucket.put_result(result)

@@ -112,11 +112,8 @@ class Succession:
         """Write that this attempt runs the program."""
         self.end_after(self._plan.max_seconds)
         self._task = await asyncio.to_thread(own_machine)
-        known = await self._bucket.known(self._plan.start_id)
         if self._task:
-            known = known.begun_by(self._task)
-            await self._bucket.put_known(self._plan.start_id, known)
-        self._budget.known = known
+            await self._budget.begun_by(self._task)
 
     @staticmethod
     def end_after(seconds: float) -> None:
@@ -159,8 +156,7 @@ class Succession:
             why = str(exc) or f"{self._place.title} does not answer"
             text = f"AWS took its machine back, and there is no other one for it: {why}"
             return replace(end, reason=f"{text}. --resume goes on with its journal and its files")
-        self._budget.known = self._budget.known.begun_by(task)
-        await self._bucket.put_known(self._plan.start_id, self._budget.known)
+        await self._budget.begun_by(task)
         # Whoever stops the run writes that first, and then ends the machines that there are.
         if reason := await self.stopped():
             await self._place.end(task, reason)
@@ -177,7 +173,7 @@ class Succession:
             job_id=self._task,
             phase="running",
             created_at=datetime.now(UTC),
-            known=self._budget.known,
+            known=await self._budget.known(),
         )
         if not self._task:
             raise AwsError("its metadata endpoint has not answered", code="NoMetadata")

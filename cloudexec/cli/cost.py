@@ -23,7 +23,8 @@ def cost_command(
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Show what executors have cost so far. AWS Batch remembers their jobs for 7 days or more.
+    """Show what executors have cost so far. AWS Batch remembers their jobs for 7 days or more,
+    Amazon ECS and Amazon EC2 for about an hour. `cloudexec runs` has the cost of a run for longer.
 
     The costs are the list prices of vCPUs, memory, storage and public addresses while workers ran;
     "~" marks estimates. Downloads of images, logs, data transfer, discounts and taxes are not

@@ -103,7 +103,8 @@ def show_jobs(jobs: Sequence[JobInfo], *, err: bool = False) -> None:
                 else "",
                 workers(dict(each.workers)) if each.size > 1 else next(iter(each.workers)).lower(),
                 each.user,
-                f"{each.vcpus:g} vCPU {memory(each.memory_mib)}",
+                # Amazon EC2 does not say how much memory an instance has.
+                f"{each.vcpus:g} vCPU {memory(each.memory_mib) if each.memory_mib else ''}".strip(),
                 each.queue,
                 since(each.created_at),
                 duration(each.run_seconds) if each.run_seconds else "",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import click
 
+from cloudexec._aws.names import JOB_PREFIX
+from cloudexec._errors import CloudexecError
 from cloudexec.cli._aws_options import aws_options, ends_well
+
+_NONE: Sequence[tuple[int, str]] = ()
 
 
 @click.command("logs", short_help="Print the log of a worker.")
@@ -50,9 +55,16 @@ def logs_command(
     """
     from cloudexec._aws.monitor import Monitor
 
-    with Monitor(profile, region) as monitor:
+    where, log_group, streams = profile, "", _NONE
+    if region is None and not job.startswith(JOB_PREFIX):
+        where, log_group, streams = _attempts_of(job, profile)
+    with Monitor(where, region) as monitor:
         shown: tuple[str, int] | None = None
-        for line in monitor.logs(job, follow=follow, tail=tail):
+        if streams:
+            lines = monitor.logs_of_attempts(log_group, streams, follow=follow, tail=tail)
+        else:
+            lines = monitor.logs(job, follow=follow, tail=tail)
+        for line in lines:
             if as_json:
                 click.echo(json.dumps(line.to_dict()))
                 continue
@@ -62,3 +74,22 @@ def logs_command(
             shown = source
             when = f"{line.time:%Y-%m-%dT%H:%M:%S}.{line.time.microsecond // 1000:03}Z "
             click.echo((when if timestamps else "") + line.message)
+
+
+def _attempts_of(
+    name: str, profile: str | None
+) -> tuple[str | None, str, Sequence[tuple[int, str]]]:
+    """Return the profile, the log group and the log streams of a run without AWS Batch.
+
+    Amazon ECS and Amazon EC2 forget its attempts an hour after their end, and the bucket does not.
+    """
+    from cloudexec._runs.run import RunsClient
+
+    try:
+        with RunsClient(profile) as client:
+            log_group, streams = client.call(client.runs.streams(name))
+            if streams:
+                return client.profile.name, log_group, streams
+    except CloudexecError:
+        pass  # it is no run of this profile
+    return profile, "", _NONE

@@ -64,7 +64,7 @@ def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: b
         if each.is_active and each.expires_at and until(each.expires_at) == "over":
             click.echo(
                 f"Workers of {each.id} run past their time limit: "
-                f"`cloudexec stop --executor {each.id}` ends them.",
+                f"`cloudexec stop --expired` ends them.",
                 err=True,
             )
         if each.is_active and each.without_client:

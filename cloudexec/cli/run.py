@@ -99,6 +99,13 @@ def _variables(
 @click.option("--cpus", type=float, default=1, show_default=True, metavar="N", help="Processors.")
 @click.option("--memory", metavar="SIZE", help="Such as 16GiB; by default 2 GiB a processor.")
 @click.option("--gpu", "gpus", type=int, default=0, metavar="N", help="GPUs, on EC2.")
+@click.option(
+    "--disk",
+    "disk_gib",
+    type=int,
+    metavar="GIB",
+    help="Disk of the machine; by default 20 GiB on Fargate, and 30 on EC2.",
+)
 @click.option("--arch", type=click.Choice(["x86_64", "arm64"]), default="x86_64", show_default=True)
 @click.option("--spot", is_flag=True, help="Use spare capacity, which AWS may take back.")
 @click.option(

@@ -39,6 +39,12 @@ Exit codes:
     callback=parse_duration,
     help="Stop only jobs that were submitted at least so long ago: 90s, 30m, 2h, 1d.",
 )
+@click.option(
+    "--expired",
+    "is_expired",
+    is_flag=True,
+    help="Stop only jobs that run past their time limit, which `cloudexec doctor` names.",
+)
 @click.option("-y", "--yes", "is_sure", is_flag=True, help="Do not ask.")
 @aws_options
 @ends_well
@@ -47,37 +53,46 @@ def stop_command(
     executor: str | None,
     is_all: bool,
     older_than: float | None,
+    is_expired: bool,
     is_sure: bool,
     profile: str | None,
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Stop jobs in AWS Batch, and with them their workers, after showing them.
+    """Stop jobs, and with them their workers, after showing them.
 
-    JOB may be the name of a run of `cloudexec run`: this also stops the workers of executors in the
-    run. If the run is still being prepared and has no job, it never gets one.
+    RUN is the name of a run of `cloudexec run`: this also stops the workers of executors in the
+    run. If the run is still being prepared and has no machine, it never gets one.
 
-    Workers receive SIGTERM and have 30 seconds to end. Those on AWS Lambda run on for up to 15
-    minutes, as nothing can end them, but no further ones start. An executor that still runs may
-    start new workers elsewhere: end it on its own machine, or stop its jobs again.
+    What is stopped receives SIGTERM and has 30 seconds to end, on Fargate without AWS Batch 120,
+    and on an EC2 instance of a run 60. Workers on AWS Lambda run on for up to 15 minutes, as
+    nothing can end them, but no further ones start. An executor that still runs may start new
+    workers elsewhere: end it on its own machine, or stop its jobs again.
     """
     from cloudexec._aws.monitor import Monitor
     from cloudexec.cli.jobs import show_jobs
 
-    if not targets and executor is None and not is_all and older_than is None:
-        raise CommandError("say what to stop: a JOB, --executor ID, --older-than TIME or --all")
+    is_limited = older_than is not None or is_expired
+    if not targets and executor is None and not is_all and not is_limited:
+        raise CommandError(
+            "say what to stop: a RUN or JOB, --executor ID, --older-than TIME, --expired or --all"
+        )
     if is_all and (targets or executor is not None):
         raise CommandError("--all stops everything: give no JOB and no --executor with it")
     unlisted: list[str] = []
     with Monitor(profile, region) as monitor:
         try:
             jobs = monitor.stoppable(
-                executor=executor, job=targets or None, everything=is_all, older_than=older_than
+                executor=executor,
+                job=targets or None,
+                everything=is_all,
+                older_than=older_than,
+                expired=is_expired,
             )
         except AwsError as exc:
             if exc.code == "NotFound" and region is None and executor is None:
                 unlisted = _runs_among(targets, profile)
-            if not unlisted or older_than is not None:
+            if not unlisted or is_limited:
                 raise
             others = [each for each in targets if each not in unlisted]
             jobs = monitor.stoppable(job=others) if others else []

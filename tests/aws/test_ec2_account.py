@@ -102,7 +102,7 @@ def test_down_ends_instances_that_run_and_names_those_past_their_time(aws: FakeA
         f"1 instance past the time limit: {instance.instance_id}",
     )
     shown = CliRunner().invoke(ps_command, [])
-    assert "run past their time limit: `cloudexec stop --exec" in shown.stderr
+    assert "run past their time limit: `cloudexec stop --expired` ends them" in shown.stderr
 
     async def take() -> int:
         async with AwsClients() as clients:

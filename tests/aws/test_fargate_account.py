@@ -23,6 +23,7 @@ from cloudexec._aws.setup import SetupOptions
 from cloudexec._aws.steps import Event
 from cloudexec._aws.teardown import take_stock
 from cloudexec.cli.ps import ps_command
+from cloudexec.cli.stop import stop_command
 from cloudexec.testing import FakeAWS
 
 ACCOUNT = "123456789012"
@@ -89,7 +90,7 @@ def test_workers_past_their_time_limit_are_named(aws: FakeAWS) -> None:
             networkConfiguration={"awsvpcConfiguration": {"subnets": list(profile.subnets)}},
             tags=[{"key": key, "value": value} for key, value in tags.items()],
         )
-    late, _ = aws.jobs()
+    late, other = aws.jobs()
     found = checks()["cluster"]
     assert (found.outcome, found.found) == (
         "warning",
@@ -97,9 +98,12 @@ def test_workers_past_their_time_limit_are_named(aws: FakeAWS) -> None:
     )
     shown = CliRunner().invoke(ps_command, [])
     assert shown.exit_code == 0
-    assert "Workers of e60 run past their time limit: `cloudexec stop --exec" in shown.stderr
+    assert "Workers of e60 run past their time limit: `cloudexec stop --expired`" in shown.stderr
     assert "e3600" in shown.stdout
     assert "Workers of e3600" not in shown.stderr
+    stopped = CliRunner().invoke(stop_command, ["--expired", "--yes"])
+    assert stopped.stdout == "stopped cloudexec-e60-1\n"
+    assert [each.job_id for each in aws.jobs() if each.status != "FAILED"] == [other.job_id]
 
 
 def definition(family: str) -> dict[str, Any]:

@@ -7,16 +7,19 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
 import pytest
-from run_helpers import account, asked, eventually, left_nothing, row
+from run_helpers import account, asked, create, eventually, left_nothing, row
 
 from cloudexec import ConfigError, Run
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.policy import policy
 from cloudexec._aws.profile import Profile
+from cloudexec._runs.bucket import RunBucket
+from cloudexec._runs.plan import RunPlan, RunResult
 from cloudexec._runs.run import make_request
 from cloudexec._runs.runs import AsyncRuns
 from cloudexec.testing import FakeAWS
@@ -98,12 +101,12 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     aws.faults.ec2.reclaim(first.instance_id)
     done = run_here("attach", "on-spot")
     assert done.returncode == 5, done.stderr
-    assert [each for each in done.stdout.splitlines() if "cloudexec" not in each] == [
-        "attempt 1 False",
-        "attempt 2 True",
-        "32",
-        "32",
-    ]
+    printed = ["attempt 1 False", "attempt 2 True", "32", "32"]
+
+    def program(output: str) -> list[str]:
+        return [each for each in output.splitlines() if "cloudexec" not in each]
+
+    assert program(done.stdout) == printed
     assert (folder / "out" / "mark.txt").read_text() == "half and half"
     # The same client token twice for the second machine, and then its worker.
     assert asks(aws) == ["CreateFleet"] * 4
@@ -120,13 +123,27 @@ def test_a_machine_that_is_taken_back_starts_its_next_attempt_which_has_a_worker
     hours = (60.0 + max(float(str(found["run_seconds"])) / 2, 60.0)) / 3600
     assert float(str(found["machine_usd"])) == pytest.approx(hours * 0.0423, rel=0.1)
     assert float(str(found["workers_usd"])) > 0
-    assert "attempt 2 True\n" in run_here("logs", "on-spot").stdout
-    # An hour later, Amazon EC2 has forgotten all three.
+    assert found["reason"] == ""
+    assert program(run_here("logs", "on-spot").stdout) == printed
+    # An hour later, Amazon EC2 has forgotten all three. The bucket and the log have them.
     aws.faults.forget_ended()
     again = row(run_here, "on-spot")
-    assert (again["state"], again["exit_code"]) == ("failed", 5)
-    assert again["workers_usd"] == found["workers_usd"]
-    assert again["machine_usd"] == pytest.approx(found["machine_usd"], rel=0.6)
+    for key in ("state", "exit_code", "reason", "attempts", "workers_usd", "is_estimate"):
+        assert again[key] == found[key], key
+    assert again["machine_usd"] == pytest.approx(found["machine_usd"], rel=0.1)
+    assert again["run_seconds"] == pytest.approx(found["run_seconds"], abs=5.0)
+    last = run_here("logs", "on-spot", "-n", "2", "--json").stdout.splitlines()
+    assert [json.loads(each)["attempt"] for each in last] == [2, 2]
+    assert "with exit code 5" in json.loads(last[-1])["message"]
+    assert program(run_here("logs", "on-spot").stdout) == printed
+    done = run_here("attach", "on-spot", "--no-fetch")
+    assert (done.returncode, program(done.stdout)) == (5, printed)
+    logs, group = boto3.client("logs"), Profile.load("default").log_group
+    stream = f"instance/worker/{second.instance_id}"
+    logs.delete_log_stream(logGroupName=group, logStreamName=stream)
+    done = run_here("logs", "on-spot")
+    assert program(done.stdout) == printed[:1]
+    assert f"the log {stream} is not in {group} (any more)" in done.stderr
 
 
 def test_a_run_that_is_stopped_has_no_other_attempt_and_sends_its_files(
@@ -160,6 +177,7 @@ def test_a_run_is_shown_and_stopped_before_its_program_has_begun(
     eventually(lambda: aws.instances()[-1].state == "running")
     if way == "stop":
         assert f"run-{name}" in run_here("ps").stdout
+        assert "0 MiB" not in run_here("jobs").stdout  # of a type that the price list lacks
         assert f"among them 1 run of `cloudexec run`: {name}" in run_here("down").stderr
         assert run_here("stop", name, "--yes").returncode == 0
     else:
@@ -193,6 +211,10 @@ def test_how_a_machine_ended_that_could_not_say_so_is_known_after_amazon_ec2_has
     # Its own timer stands behind the program's: a quarter of an hour for the image, and five
     # minutes for the log.
     assert "shutdown -P +1460 " in machine.user_data
+    # Where the script has not set it, the tag says so, for clocks that differ by five minutes.
+    expires = datetime.fromisoformat(machine.tags["cloudexec:expires"])
+    seconds = (expires - datetime.now(UTC)).total_seconds()
+    assert seconds == pytest.approx((1460 + 5) * 60, abs=60)
     if way == "lost":
         aws.faults.ec2.vanish(machine.instance_id)
     elif way == "memory":
@@ -211,6 +233,7 @@ def test_how_a_machine_ended_that_could_not_say_so_is_known_after_amazon_ec2_has
     ("words", "said"),
     [
         (("--gpu", "17"), "the most there is are 1920 vCPUs, 32768 GiB and 16 GPUs"),
+        (("--disk", "20"), "disk_gib must be 30 or more, not 20"),
         (("--gpu", "1", "--arch", "arm64"), "instances with GPUs are of x86_64"),
     ],
 )
@@ -235,13 +258,19 @@ def test_what_a_machine_must_have_is_asked_for_once_though_an_answer_is_lost(
     aws.faults.allow_only(policy(Profile.load("default")))
     before = len(aws.instances())
     aws.faults.lose_response("CreateFleet", count=1)
-    done = run_here(*ON, "--gpu", "1", "--name", "with-gpu", "-d", "--", "true")
-    assert "1 vCPU with 2 GiB and 1 GPU, about $0.534 an hour" in done.stderr
+    words = ("--gpu", "1", "--disk", "900", "--name", "with-gpu", "-d")
+    done = run_here(*ON, *words, "--", "true")
+    assert "2 GiB and 1 GPU, 900 GiB of disk, about $0.630 an hour" in done.stderr
     assert asks(aws) == ["CreateFleet", "CreateFleet"]
     assert len(aws.instances()) == before + 1
     assert aws.instances()[-1].type == "g4dn.xlarge"
     assert "--gpus all" in aws.instances()[-1].user_data
-    assert "1 vCPU 2 GiB 1 GPU" in run_here("runs").stdout
+    (made,) = (each for each in aws.requests if each.operation == "CreateLaunchTemplate")
+    (disk,) = made.parameters["LaunchTemplateData"]["BlockDeviceMappings"]
+    assert disk["Ebs"]["VolumeSize"] == 900
+    found = row(run_here, "with-gpu")
+    assert (found["gpus"], found["memory_mib"]) == (1, 2048)
+    assert found["machine_usd"] == pytest.approx(0.63 / 60, rel=0.01)  # of a minute, the least
     console(aws)
     run_here(*ON, "--arch", "arm64", "-d", "--image", "x/y:1", "--", "true")
     assert aws.instances()[-1].type == "c7g.medium"
@@ -279,10 +308,23 @@ def test_no_capacity_and_no_quota_are_said_with_what_to_do(
     assert "Try without --spot, another size, or later; --on batch waits" in done.stderr
     aws.faults.clear()
     aws.faults.vcpu_quota(1, compute="ec2")
-    done = run_here(*ON, "--cpus", "2", "--name", "no-room", "--", "true")
+    words = (*ON, "--cpus", "2", "--name")
+    done = run_here(*words, "no-room", "--", "true")
     assert done.returncode == 3
     assert "VcpuLimitExceeded" in done.stderr
     assert all(each["name"] != "no-room" for each in json.loads(run_here("runs", "--json").stdout))
+    # A run that was to go on stays. Were there a machine after all, it would not run the program.
+    ended = RunPlan(name="ended-before", kind="command", target="", on="ec2", start_id="0a")
+    create(ended, {"result.json": RunResult(exit_code=0, start_id="0a").to_json()})
+    done = run_here(*words, ended.name, "--resume", "--", "true")
+    assert "VcpuLimitExceeded" in done.stderr
+
+    async def why() -> str:
+        async with AwsClients() as clients:
+            bucket = RunBucket(clients, Profile.load("default").bucket, ended.name)
+            return await bucket.stop_reason((await bucket.plan()).start_id)
+
+    assert asyncio.run(why()).startswith("it could not be started: ")
 
 
 def test_a_start_that_is_interrupted_while_an_instance_is_asked_for_leaves_none(

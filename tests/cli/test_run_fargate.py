@@ -58,10 +58,13 @@ def test_a_script_runs_as_a_task_and_its_files_come_back(
         "print('attempt', os.environ['CLOUDEXEC_RUN_ATTEMPT'])\n"
         "raise SystemExit(5)\n"
     )
-    done = run_here(*ON, "job.py", "--outputs", "out", "--cpus", "4", "--name", "first")
+    words = ("--outputs", "out", "--cpus", "4", "--disk", "50", "--name", "first")
+    done = run_here(*ON, "job.py", *words)
     assert done.returncode == 5, done.stderr
     assert done.stdout == "attempt 1\n"
-    assert "4 vCPU with 8 GiB, about $0.202 an hour" in done.stderr
+    assert "4 vCPU with 8 GiB, 50 GiB of disk, about $0.206 an hour" in done.stderr
+    (defined,) = (each for each in aws.requests if each.operation == "RegisterTaskDefinition")
+    assert defined.parameters["ephemeralStorage"] == {"sizeInGiB": 50}
     assert "first: failed with exit code 5 after" in done.stderr
     assert (folder / "out" / "a.txt").read_text() == "content"
     assert asks(aws) == ["RunTask"]
@@ -87,6 +90,7 @@ def test_a_profile_without_cluster_says_how_to_get_one(
     ("words", "said"),
     [
         (("--gpu", "1"), "Fargate has no GPUs: --on ec2 has them, and --on batch with"),
+        (("--disk", "201"), "disks on Fargate have 20 to 200 GiB, not 201: --on ec2 has larger"),
         (("--cpus", "32"), "the largest has 16 vCPU and 120GiB. --on batch has up to 32 vCPU"),
     ],
 )
@@ -198,6 +202,7 @@ def test_a_run_that_is_stopped_has_no_other_attempt(
     assert run_here(*ON, *words).returncode == 0
     eventually(lambda: "up\n" in run_here("logs", name).stdout)
     if way == "stop":
+        assert f"among them 1 run of `cloudexec run`: {name}" in run_here("down").stderr
         no = run_here("stop", name, stdin="n\n")
         assert (no.returncode, "Stop 1 run?" in no.stderr) == (1, True)
         done = run_here("stop", name, "--yes")
@@ -279,6 +284,7 @@ def test_workers_that_amazon_ecs_has_forgotten_count_against_the_ceiling(
         "time.sleep(600)\n"
     )
     assert run_here(*ON, "job.py", "--name", "spends", "--max-cost", "3", "-d").returncode == 0
+    machine = aws.jobs()[-1].job_id
     eventually(lambda: "alone\n" in run_here("logs", "spends").stdout)
     eventually(lambda: aws.jobs()[-1].status in ("SUCCEEDED", "FAILED"))
 
@@ -286,10 +292,10 @@ def test_workers_that_amazon_ecs_has_forgotten_count_against_the_ceiling(
         async with AwsClients("us-east-1") as clients:
             bucket = RunBucket(clients, Profile.load("default").bucket, "spends")
             plan = replace(await bucket.plan(), max_cost_usd=0.0018)
-            budget = Budget(clients, plan, bucket)
-            budget.known = await bucket.known(plan.start_id)
-            over = await budget.exceeded()
-            return sum(each.usd for each in budget.known.costs.values() if not each.is_own), over
+            over = await Budget(clients, plan, bucket).exceeded()
+            known = await bucket.known(plan.start_id)
+            assert known.job_id == machine
+            return sum(each.usd for each in known.costs.values() if not each.is_own), over
 
     before, _ = asyncio.run(look())
     assert before > 0
@@ -308,6 +314,8 @@ def test_a_gpu_is_asked_for_on_ec2_and_is_in_the_price(
     """AWS Batch has instances with GPUs only where its environment names a family that has them."""
     done = run_here("run", "--gpu", "1", "--cpus", "2", "--name", "with-gpu", "--", "echo up")
     assert (done.returncode, done.stdout) == (0, "up\n"), done.stderr
+    disk = run_here("run", "--gpu", "1", "--disk", "50", "--", "true")
+    assert (disk.returncode, "leave out --disk, or give --on ec2" in disk.stderr) == (2, True)
     arm = run_here("run", "--gpu", "1", "--arch", "arm64", "--", "true")
     assert (arm.returncode, "leave out --arch, or ask for what Fargate" in arm.stderr) == (2, True)
     # The cheapest instance that has one is the machine: others have no use for the rest of it.

@@ -57,9 +57,13 @@ def test_money_becomes_time(aws: FakeAWS, run_here: Command, folder: Path) -> No
     """A minute for the image's download is set aside: it is paid for and not in the limit."""
     (folder / "job.py").write_text("")
     aws.clear_requests()
-    assert run_here("run", "job.py", "--cpus", "4", "--max-cost", "0.1").returncode == 0
+    words = ("--cpus", "4", "--disk", "50", "--max-cost", "0.1")
+    assert run_here("run", "job.py", *words).returncode == 0
+    (defined,) = (each for each in aws.requests if each.operation == "RegisterJobDefinition")
+    container = defined.parameters["containerProperties"]
+    assert container["ephemeralStorage"] == {"sizeInGiB": 50}
     (submitted,) = (each for each in aws.requests if each.operation == "SubmitJob")
-    per_hour = 4 * 0.04048 + 8 * 0.004445 + 0.005
+    per_hour = 4 * 0.04048 + 8 * 0.004445 + 30 * 0.000111 + 0.005
     wanted = int(0.1 / per_hour * 3600 - 60)
     assert submitted.parameters["timeout"] == {"attemptDurationSeconds": wanted}
 

@@ -182,6 +182,9 @@ def test_templates_are_found_again_and_made_again_if_they_are_gone(still: Any, e
     names = [each.parameters["LaunchTemplateName"] for each in made]
     assert names[0] == names[1] != names[2]
     assert len(still.instances()) == 4
+    # From there, `cloudexec cost` has it, which Amazon EC2 does not tell.
+    sizes = [each.tags["cloudexec:disk-gib"] for each in still.instances()]
+    assert sizes == ["30", "30", "30", "50"]
 
 
 @pytest.mark.parametrize(

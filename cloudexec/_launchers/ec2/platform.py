@@ -306,6 +306,7 @@ class Ec2Platform(DefinedPlatform):
             tags={
                 **self._tags(self._lifetime),
                 names.TAG_JOB: group.name,
+                names.TAG_DISK: str(settings.disk_gib),
                 "Name": group.name,
             },
         )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cloudexec._aws.instance_prices import assumed_price
-from cloudexec._aws.limits import WorkerSize
+from cloudexec._aws.limits import USUAL_DISK_GIB, WorkerSize, check_instance_disk
 from cloudexec._aws.prices import PriceTable
 from cloudexec._config import check_count
 from cloudexec._environment.packages import Packages
@@ -29,10 +29,8 @@ _ARM = re.compile(r"(a1|[a-z]+\d+g[a-z]*(-[a-z0-9]+)?)\.")
 """Types with Graviton processors have a g after the generation."""
 _AMI = re.compile(r"ami-[0-9a-f]{8,17}|resolve:ssm:\S+")
 _OWN_TAGS = ("Name",)
-_MOST_TAGS = 42
-"""A job of AWS Batch has six tags of ours, an instance two more."""
-_MOST_DISK = 65536
-"""GiB of a gp3 volume. Amazon EBS User Guide, "General Purpose SSD volumes"."""
+_MOST_TAGS = 41
+"""A job of AWS Batch has six tags of ours, an instance three more."""
 _MOST_GPUS = 16
 
 
@@ -71,7 +69,7 @@ class EC2(AwsLauncher):
         assign_public_ip: Whether instances get a public address, instead of what the profile says.
         environment: Variables that every worker has. They are part of the instances' user data and
             can be read there: no place for secrets.
-        tags: Put on every instance, its disk and its network interface, besides ours; 42 at most.
+        tags: Put on every instance, its disk and its network interface, besides ours; 41 at most.
         modules: Whether your own modules, those that are imported and not installed, are sent to
             the workers; or the names of the top-level ones that are.
         project: Goes into a tag, for ``cloudexec ps`` and the bill.
@@ -98,7 +96,7 @@ class EC2(AwsLauncher):
         subnets: Sequence[str] | None = None,
         security_groups: Sequence[str] | None = None,
         ami: str | None = None,
-        disk_gib: int = 30,
+        disk_gib: int = USUAL_DISK_GIB,
         image: str | None = None,
         packages: str | Path | Packages | None = None,
         region: str | None = None,
@@ -112,7 +110,6 @@ class EC2(AwsLauncher):
     ) -> None:
         check_texts(ami=ami)
         check_count("gpus", gpus, least=0)
-        check_count("disk_gib", disk_gib, least=30)
         if gpus > _MOST_GPUS:
             raise ConfigError(
                 f"gpus must be {_MOST_GPUS} or less, not {gpus}: no instance has more"
@@ -121,8 +118,7 @@ class EC2(AwsLauncher):
             raise ConfigError(
                 f"gpus={gpus} goes with arch='x86_64': the system with drivers for GPUs is for that"
             )
-        if disk_gib > _MOST_DISK:
-            raise ConfigError(f"disk_gib must be {_MOST_DISK} or less, not {disk_gib}")
+        check_instance_disk(disk_gib)
         if ami is not None and not _AMI.fullmatch(ami):
             raise ConfigError(
                 f"ami must be like 'ami-0123456789abcdef0' or 'resolve:ssm:NAME', not {ami!r}"
