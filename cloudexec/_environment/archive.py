@@ -67,7 +67,7 @@ _FORMAT = 1
 """Raised when the same components make another archive."""
 _TIME = (1980, 1, 1, 0, 0, 0)
 """Of all files: the earliest that an archive can have."""
-_LEVEL = 6
+_LEVEL = 5
 _LARGEST = 5
 """Packages that are named where all of them do not fit."""
 _HOLDS = 3600.0

@@ -116,6 +116,7 @@ class Functions:
         faults: What goes wrong.
         credentials: Returns the variables with which a role's credentials are found.
         is_new: Whether the account has the quotas of a new one.
+        registry: A registry that stands for Amazon ECR, if there is one.
         speed: Seconds of AWS per real second, for the time limit of an event.
         keep: Seconds for which an environment is kept that has nothing to do.
     """
@@ -129,11 +130,13 @@ class Functions:
         *,
         credentials: Callable[[str], Mapping[str, str]],
         is_new: bool,
+        registry: str | None = None,
         speed: float = 1.0,
         keep: float = 60.0,
     ) -> None:
         self._host = host
         self._archives = archives
+        self._registry = registry
         self._logs = logs
         self._faults = faults
         self._credentials = credentials
@@ -203,7 +206,7 @@ class Functions:
             raise ClientError(
                 f"Function already exist: {name}", "ResourceConflictException", status=409
             )
-        archive = _check(region, given, self._archives)
+        archive = _check(region, given, self._archives, self._registry)
         size = archive.size if archive is not None else 0
         if self._stored() + size > self._faults.functions.code_storage:
             raise ClientError("Code storage limit exceeded.", "CodeStorageExceededException")
@@ -453,7 +456,9 @@ class Functions:
                         each.starve()
 
 
-def _check(region: str, given: Mapping[str, Any], archives: Archives) -> Unpacked | None:
+def _check(
+    region: str, given: Mapping[str, Any], archives: Archives, registry: str | None
+) -> Unpacked | None:
     """Refuse what AWS refuses beyond what its model says; return the archive, if it is one."""
 
     def refuse(text: str, code: str = "InvalidParameterValueException") -> None:
@@ -467,7 +472,8 @@ def _check(region: str, given: Mapping[str, Any], archives: Archives) -> Unpacke
             "PackageType is Image."
         )
     found = _IMAGE.fullmatch(image)
-    if is_image and found is None:
+    is_in_registry = registry is not None and image.startswith(f"{registry}/")
+    if is_image and found is None and not is_in_registry:
         refuse(f"Source image {image} is not valid. Provide a valid source image.")
     elif found is not None and found[1] != region:
         refuse(f"The source image {image} is in another region.")

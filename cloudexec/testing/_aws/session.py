@@ -193,6 +193,7 @@ class Session:
             owner.faults,
             credentials=platform.credentials,
             is_new=owner.new_account,
+            registry=owner.registry,
             speed=owner.speed,
         )
         self._closers.append(self.functions.close)
