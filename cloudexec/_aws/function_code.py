@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from typing import Any
 
@@ -34,15 +35,35 @@ async def archive_code(clients: AwsClients, data: bytes, bucket: str) -> dict[st
     """
     if len(data) <= MOST_DIRECT:
         return {"ZipFile": data}
-    key = f"{_PREFIX}{hashlib.sha256(data).hexdigest()}.zip"
+    digest = hashlib.sha256(data).digest()
+    key = f"{_PREFIX}{digest.hex()}.zip"
+    checksum = base64.b64encode(digest).decode()
+    there = await _checksum_of(clients, bucket, key)
+    # Others may write there, too. S3 has computed the checksum from what is there.
+    if there != checksum:
+        await clients.call(
+            "s3",
+            "put_object",
+            Bucket=bucket,
+            Key=key,
+            Body=data,
+            ChecksumAlgorithm="SHA256",
+            ChecksumSHA256=checksum,
+        )
+    return {"S3Bucket": bucket, "S3Key": key}
+
+
+async def _checksum_of(clients: AwsClients, bucket: str, key: str) -> str:
+    """Return the SHA-256 of an object, base64; empty: there is none, or nobody may say so."""
     try:
-        await clients.call("s3", "head_object", Bucket=bucket, Key=key)
+        found = await clients.call(
+            "s3", "head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED"
+        )
     except AwsError as exc:
         if exc.may_pass:
             raise
-        # There is none, or nobody may say so.
-        await clients.call("s3", "put_object", Bucket=bucket, Key=key, Body=data)
-    return {"S3Bucket": bucket, "S3Key": key}
+        return ""
+    return str(found.get("ChecksumSHA256", ""))
 
 
 def is_refused(exc: AwsError) -> bool:

@@ -214,13 +214,14 @@ class Environment:
         """
         if self.archive is None:
             return {}
-        return {
+        found = {
             "LAMBDA_TASK_ROOT": self._task_root(host),
             "PATH": "/usr/local/bin:/usr/bin:/bin:/opt/bin",
             "PYTHONPATH": "/var/runtime" if host.isolated else str(self.archive.packages),
-            "RUNTIME": str(self.archive.packages),
-            "TASK": str(self.archive.folder),
         }
+        if host.isolated:
+            found |= {"TASK": str(self.archive.folder), "RUNTIME": str(self.archive.packages)}
+        return found
 
     def take(self, event: Event) -> None:
         """Give it another event."""
