@@ -231,12 +231,16 @@ class LambdaPlatform(AwsPlatform):
             return name
 
     async def _ensure(self, size: int) -> str:
+        """Return the name of the function; an image takes the place of a refused archive."""
         try:
             return await ensure_function(self._clients, self._spec(size), self._code)
         except AwsError as exc:
             if self._archive is None or self._settings.package == "zip" or not is_refused(exc):
                 raise
             tell(f"workers on AWS Lambda need an image: {exc.message}")
+        finally:
+            if self._archive is not None:
+                self._archive.forget()
         self._image = await self._find_image()
         self._archive = None
         return await ensure_function(self._clients, self._spec(size), self._code)
@@ -247,7 +251,6 @@ class LambdaPlatform(AwsPlatform):
         if archive is None:
             return {}
         data = await in_thread(archive.data)
-        archive.forget()
         tell(f"making a function of AWS Lambda from {archive}")
         bucket = bucket_for(self._profile, self._clients.region)
         return await archive_code(self._clients, data, bucket)
