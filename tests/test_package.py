@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "_launchers/batch": {"_aws", "_config", "_environment", "_log", "_pricing"},
     "_launchers/ec2": {"_aws", "_config", "_environment", "_log", "_pricing"},
     "_launchers/fargate": {"_aws", "_config", "_environment", "_log"},
-    "_launchers/lambda_": {"_aws", "_config", "_environment"},
+    "_launchers/lambda_": {"_aws", "_config", "_enrolment", "_environment", "_log"},
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},
     "_launchers/copies.py": {"_forked", "_modules", "worker"},
     "_aws": {"_config", "_enrolment", "_pricing"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import urllib.request
@@ -61,6 +62,8 @@ _SDK_LOGGERS = ("botocore.auth", "botocore.endpoint", "botocore.hooks", "botocor
 _CONNECT_TIMEOUT = 10.0
 _READ_TIMEOUT = 60.0
 _MAX_CONNECTIONS = 25
+_LARGE_BODY = 2**19
+"""Bytes of a body that is sent in pieces."""
 _ATTEMPTS = 6
 """Most tries of one call after throttling, connection errors and 5xx. botocore backs off."""
 _SERVER = ("InternalFailure", "InternalServerError", "ServiceUnavailable", "ServerException")
@@ -214,7 +217,7 @@ class AwsClients:
             once: Whether each request is tried only once, because it must not happen twice.
         """
         key = (service, region or self.region, once)
-        client = self._clients.get(key)
+        client: Any = self._clients.get(key)
         if client is None:
             config = AioConfig(
                 connect_timeout=_CONNECT_TIMEOUT,
@@ -230,6 +233,7 @@ class AwsClients:
                         service, region_name=key[1], config=config, verify=self._verify(service)
                     )
                 )
+            client.meta.events.register("before-send", _as_stream)
             self._clients[key] = client
         return client
 
@@ -319,6 +323,12 @@ class AwsClients:
                 return
             for item in page.get(key, ()):
                 yield item
+
+
+def _as_stream(request: Any, **_: Any) -> None:
+    """Have a large body sent in pieces: aiohttp warns of one that it is given in one piece."""
+    if isinstance(request.body, bytes) and len(request.body) > _LARGE_BODY:
+        request.body = io.BytesIO(request.body)
 
 
 def _service_of(client: Any) -> str:

@@ -49,14 +49,22 @@ _PAYLOAD_BYTES = 256 * 1024
 _NAME_LARGEST = 64
 _HASH_DIGITS = 16
 _DISK_MIB = (512, 10240)
+_HANDLER = "cloudexec.worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionSpec:
     """What makes one function different from another."""
 
-    image: str
-    """In a repository of the same region, pinned by digest: ``repository@sha256:...``."""
+    image: str = ""
+    """In a repository of the same region, pinned by digest: ``repository@sha256:...``. Empty: it is
+    made of a .zip archive."""
+    archive: str = ""
+    """What differs whenever a file of the archive does."""
+    runtime: str = ""
+    """Of the archive, such as ``"python3.12"``."""
+    wrapper: str = ""
+    """Path of the program in the archive with which Lambda starts the runtime."""
     role: str
     """ARN of the role that the function has."""
     memory_mib: int
@@ -76,8 +84,8 @@ class FunctionSpec:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.image:
-            raise ConfigError("a function needs an image")
+        if bool(self.image) == bool(self.archive):
+            raise ConfigError("a function needs an image or an archive")
         if not self.role:
             raise ConfigError(
                 "Lambda(...) needs the ARN of a role that its functions have: give role=, or a "
@@ -88,7 +96,7 @@ class FunctionSpec:
 def function_name(spec: FunctionSpec) -> str:
     """Return the name of the function with this content: another content has another name."""
     content = {
-        "image": spec.image,
+        **({"image": spec.image} if spec.image else _archived(spec)),
         "role": spec.role,
         "memory": spec.memory_mib,
         "arch": spec.arch,
@@ -105,16 +113,25 @@ def function_name(spec: FunctionSpec) -> str:
     return prefix[: _NAME_LARGEST - _HASH_DIGITS] + digest[:_HASH_DIGITS]
 
 
-def function_request(spec: FunctionSpec) -> dict[str, Any]:
+def _archived(spec: FunctionSpec) -> dict[str, str]:
+    return {"archive": spec.archive, "runtime": spec.runtime, "wrapper": spec.wrapper}
+
+
+def function_request(spec: FunctionSpec, code: Mapping[str, Any]) -> dict[str, Any]:
     """Build the CreateFunction request.
 
-    The environment of the function stays empty: who may describe functions can read it.
+    Nothing of a worker is in the environment of the function: who may describe functions can read
+    it.
+
+    Args:
+        spec: The function.
+        code: Where an archive is, as the request names it; nothing for an image.
     """
     request: dict[str, Any] = {
         "FunctionName": function_name(spec),
         "Description": "Runs workers of cloudexec",
-        "PackageType": "Image",
-        "Code": {"ImageUri": spec.image},
+        "PackageType": "Image" if spec.image else "Zip",
+        "Code": {"ImageUri": spec.image} if spec.image else dict(code),
         "Role": spec.role,
         "Architectures": [spec.arch],
         "MemorySize": spec.memory_mib,
@@ -122,6 +139,11 @@ def function_request(spec: FunctionSpec) -> dict[str, Any]:
         "EphemeralStorage": {"Size": spec.disk_mib},
         "Tags": {**spec.tags, **({TAG_STACK: spec.stack} if spec.stack else {})},
     }
+    if not spec.image:
+        request["Runtime"] = spec.runtime
+        # A .zip archive must name a handler. The wrapper starts a worker in place of what calls it.
+        request["Handler"] = _HANDLER
+        request["Environment"] = {"Variables": {"AWS_LAMBDA_EXEC_WRAPPER": spec.wrapper}}
     if spec.subnets:
         request["VpcConfig"] = {
             "SubnetIds": list(spec.subnets),

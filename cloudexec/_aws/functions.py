@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,8 +19,8 @@ from cloudexec._aws.names import DEFINITION_PREFIX, TAG_STACK
 from cloudexec._errors import AwsError
 
 __all__ = [
-    "Concurrency",
-    "concurrency_of_account",
+    "AccountLimits",
+    "limits_of_account",
     "ensure_function",
     "functions_of_stack",
     "invoke",
@@ -43,13 +43,17 @@ _IMAGES = ("image", "Image", "ECR", "manifest")
 
 
 @dataclass(frozen=True, slots=True)
-class Concurrency:
-    """How many invocations there may be at once."""
+class AccountLimits:
+    """How many invocations there may be at once, and how much code."""
 
     account: int
     """Of all functions of the region together."""
     unreserved: int
     """Of those for which none are reserved."""
+    stored: int = 0
+    """Bytes of all archives of functions in the region."""
+    storage: int = 0
+    """How many bytes these may have; 0: AWS does not say."""
 
 
 def is_gone(exc: AwsError) -> bool:
@@ -62,8 +66,16 @@ def is_not_ready(exc: AwsError) -> bool:
     return exc.code.startswith(_NOT_READY)
 
 
-async def ensure_function(clients: AwsClients, spec: FunctionSpec) -> str:
+async def ensure_function(
+    clients: AwsClients, spec: FunctionSpec, code: Callable[[], Awaitable[Mapping[str, Any]]]
+) -> str:
     """Return the name of the function with this content, ready; make it if there is none.
+
+    Args:
+        clients: Calls to AWS.
+        spec: The function.
+        code: Returns the archive for a function that is made, as ``archive_code`` does; nothing for
+            an image.
 
     Raises:
         AwsError: If AWS refuses, or cannot prepare the function.
@@ -76,8 +88,9 @@ async def ensure_function(clients: AwsClients, spec: FunctionSpec) -> str:
         found = None
     if found is None:
         await _remove_old(clients, spec, name)
+        request = function_request(spec, await code())
         try:
-            await clients.call("lambda", "create_function", **function_request(spec))
+            await clients.call("lambda", "create_function", **request)
         except AwsError as exc:
             if exc.code != "ResourceConflictException":  # another program makes it now
                 raise _explained(exc) from exc
@@ -171,7 +184,7 @@ async def reserved_concurrency(clients: AwsClients, name: str) -> int | None:
     return None if found is None else int(found)
 
 
-async def concurrency_of_account(clients: AwsClients) -> Concurrency:
+async def limits_of_account(clients: AwsClients) -> AccountLimits:
     """Return the limits of the account in this region.
 
     Raises:
@@ -179,9 +192,11 @@ async def concurrency_of_account(clients: AwsClients) -> Concurrency:
     """
     answer = await clients.call("lambda", "get_account_settings")
     limit = answer["AccountLimit"]
-    return Concurrency(
+    return AccountLimits(
         account=int(limit["ConcurrentExecutions"]),
         unreserved=int(limit["UnreservedConcurrentExecutions"]),
+        stored=int(answer.get("AccountUsage", {}).get("TotalCodeSize", 0)),
+        storage=int(limit.get("TotalCodeSize", 0)),
     )
 
 
@@ -244,6 +259,15 @@ def _explained(exc: AwsError) -> AwsError:
             "this account has functions of 3008 MiB at most: give memory='3008MiB' or less, or "
             "ask AWS Support for more"
         )
+    elif exc.code == "CodeStorageExceededException":
+        remedy = (
+            "delete functions and versions that nobody uses, ask for more (Service Quotas, AWS "
+            "Lambda, Function and layer storage), or give package='image'"
+        )
+    elif "ipped size" in said:
+        remedy = "leave packages out (exclude=), or give package='image'"
+    elif "runtime parameter" in said:
+        remedy = "package='image' needs no runtime of AWS Lambda"
     elif "ECR" in said or ("permission" in said and "image" in said):
         remedy = (
             "the image's repository must let AWS Lambda read it: `cloudexec up --with lambda` sees "

@@ -17,7 +17,7 @@ from cloudexec._errors import ConfigError
 
 __all__ = ["Cache"]
 
-Kind: TypeAlias = Literal["contents", "images", "layers", "projects", "wheels"]
+Kind: TypeAlias = Literal["archives", "contents", "images", "layers", "projects", "wheels"]
 """What is kept; each has a directory."""
 _KEY = re.compile(r"[0-9a-f]{64}(\.json)?")
 """Names of what is kept: keys are digests."""

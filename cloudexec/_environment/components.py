@@ -207,7 +207,8 @@ def of_directory(path: Path, target: Target) -> Component:
         _of_file(f"{inside}/{each.relative_to(path).as_posix()}", each)
         for each in source_files(path)
     ]
-    line = os.fsencode(f"/{ENVIRONMENT_ROOT}/{inside}\n")
+    # Relative to the file, so that it holds wherever the environment is.
+    line = os.fsencode(f"{os.path.relpath(inside, target.site_packages)}\n")
     entries.append(Entry(f"{target.site_packages}/cloudexec-{path.name}-{number}.pth", line))
     return Component(name=f"{path}", entries=tuple(entries), is_own=True)
 
@@ -253,7 +254,7 @@ def misfit(component: Component, tags: frozenset[str], target: Target) -> str:
     if machines and target.machine not in machines:
         return f"its libraries here are for {' and '.join(sorted(machines))}"
     if newest > target.glibc:
-        return f"it needs glibc 2.{newest}, and the image has 2.{target.glibc}"
+        return f"it needs glibc 2.{newest}, and workers have 2.{target.glibc}"
     return ""
 
 

@@ -28,9 +28,12 @@ __all__ = [
     "Layer",
     "Node",
     "build_layers",
+    "bytecode_of",
     "bytecode_path",
     "compile_sources",
+    "content_key",
     "group",
+    "members",
     "pack",
 ]
 
@@ -152,7 +155,7 @@ def build_layers(
     for each in groups:
         whole = hashlib.sha256(f"{FORMAT} {target.python} {compiler}\n".encode())
         for component in each.components:
-            whole.update(_content_key(component, cache).encode())
+            whole.update(content_key(component, cache).encode())
         keys.append(whole.hexdigest())
     known = [None if all_bytes else cache.read("layers", key) for key in keys]
     missing = [number for number, found in enumerate(known) if found is None]
@@ -167,7 +170,8 @@ def build_layers(
     ]
 
 
-def _content_key(component: Component, cache: Cache) -> str:
+def content_key(component: Component, cache: Cache) -> str:
+    """Return what differs whenever a file of a component differs; files are read once."""
     signature = component.signature()
     key = cache.read("contents", signature)
     if not isinstance(key, str):
@@ -179,30 +183,42 @@ def _content_key(component: Component, cache: Cache) -> str:
 def _pack_groups(groups: Sequence[Group], target: Target, folder: Path) -> list[Layer]:
     if not groups:
         return []
-    bytecode: dict[str, bytes] = {}
-    if target.is_own_python:
-        sources = {
-            entry.path: entry.source if isinstance(entry.source, Path) else entry.read()
-            for each in groups
-            for component in each.components
-            for entry in component.entries
-            if entry.path.endswith(".py")
-            and not entry.is_script
-            and not _NOT_COMPILED.search(entry.path)
-        }
-        bytecode = compile_sources(sources, f"/{ENVIRONMENT_ROOT}")
+    bytecode = bytecode_of(groups, target, f"/{ENVIRONMENT_ROOT}")
 
     def pack_one(numbered: tuple[int, Group]) -> Layer:
         number, each = numbered
+        placed = ((f"{ENVIRONMENT_ROOT}/{path}", node) for path, node in members(each, bytecode))
         with open(folder / f"layer-{number}", "wb") as file:
-            return pack(each.title, _members(each, bytecode), file)
+            return pack(each.title, placed, file)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(pack_one, enumerate(groups)))
 
 
-def _members(each: Group, bytecode: dict[str, bytes]) -> Iterable[tuple[str, Node]]:
-    """Yield the files of a group with their places in the image, sorted."""
+def bytecode_of(groups: Sequence[Group], target: Target, shown_below: str) -> dict[str, bytes]:
+    """Return the bytecode of groups by its path, where this process can make it for a target.
+
+    Args:
+        groups: From ``group``.
+        target: Where they are to be.
+        shown_below: As for ``compile_sources``.
+    """
+    if not target.is_own_python:
+        return {}
+    sources = {
+        entry.path: entry.source if isinstance(entry.source, Path) else entry.read()
+        for each in groups
+        for component in each.components
+        for entry in component.entries
+        if entry.path.endswith(".py")
+        and not entry.is_script
+        and not _NOT_COMPILED.search(entry.path)
+    }
+    return compile_sources(sources, shown_below)
+
+
+def members(each: Group, bytecode: Mapping[str, bytes]) -> Iterable[tuple[str, Node]]:
+    """Yield the files of a group with their places in the environment, sorted."""
     entries = {entry.path: entry for one in each.components for entry in one.entries}
     compiled = {
         path: content
@@ -216,9 +232,9 @@ def _members(each: Group, bytecode: dict[str, bytes]) -> Iterable[tuple[str, Nod
             executable = entry.is_executable or entry.is_script
             is_file = isinstance(entry.source, Path) and not entry.is_script
             content = entry.source if is_file else entry.read()
-            yield f"{ENVIRONMENT_ROOT}/{path}", Node(content, 0o755 if executable else 0o644)
+            yield path, Node(content, 0o755 if executable else 0o644)
         else:
-            yield f"{ENVIRONMENT_ROOT}/{path}", Node(compiled[path])
+            yield path, Node(compiled[path])
 
 
 def bytecode_path(source: str) -> str:

@@ -362,7 +362,7 @@ def test_libraries_that_are_data_are_for_any_platform(client: Client, collect: C
 def test_what_was_built_for_a_newer_system_is_not_copied(
     client: Client, collect: Collecting
 ) -> None:
-    """A library that was compiled here may need more than the image has."""
+    """A library that was compiled here may need more than workers have."""
     for name, glibc in (("old", 31), ("new", 39)):
         files = {f"{name}/_c.so": library(HERE.machine, glibc)}
         make_wheel(client.wheels, name, files=files, tag=f"{TAG}-{TAG}-linux_{HERE.machine}")
@@ -370,7 +370,7 @@ def test_what_was_built_for_a_newer_system_is_not_copied(
     shutil.rmtree(client.wheels)
     client.wheels.mkdir()
     with pytest.raises(
-        ConfigError, match=r"new==1\.0.*it needs glibc 2\.39, and the image has 2\.36"
+        ConfigError, match=r"new==1\.0.*it needs glibc 2\.39, and workers have 2\.36"
     ):
         collect(HERE)
     assert collect(HERE, exclude=["new"]).keys() == {"old"}
@@ -665,7 +665,7 @@ def test_path_of_a_pth_file_is_taken_along(
     (client.site / "ours.pth").write_text(f"{tmp_path}/shared\n")
     (found,) = collect(X86).values()
     (pth,) = [entry for entry in found.entries if entry.path.endswith(".pth")]
-    inside = pth.read().decode().strip().removeprefix("/opt/worker/")
+    inside = os.path.normpath(f"{SITE}/{pth.read().decode().strip()}")
     assert {entry.path for entry in found.entries} == {pth.path, f"{inside}/helper.py"}
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.function_requests import EVENT_AGE
 from cloudexec._aws.functions import (
-    concurrency_of_account,
     invoke,
     is_gone,
     is_not_ready,
+    limits_of_account,
     reserved_concurrency,
 )
 from cloudexec._aws.refusals import THROTTLES
@@ -183,7 +183,7 @@ class Asker:
             return
         assert worker.request is not None
         try:
-            limits = await concurrency_of_account(self._clients)
+            limits = await limits_of_account(self._clients)
             reserved = await reserved_concurrency(
                 self._clients, await self._function(worker.request.size, "")
             )

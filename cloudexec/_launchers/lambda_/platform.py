@@ -1,6 +1,7 @@
 """AWS Lambda as a platform: each worker is an invocation of a function.
 
-A function is made once for each combination of image and settings, and named by that content.
+A function is made once for each combination of packages and settings, and named by that content. It
+is made of a .zip archive where the packages fit into one, and otherwise of an image.
 
 The event of an invocation says which worker it is, and has what a worker elsewhere finds in its
 environment. AWS shows an event to nobody, so the key by which a worker is let in is in there, too:
@@ -23,22 +24,26 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from cloudexec._aws import names
 from cloudexec._aws.clients import AwsClients
 from cloudexec._aws.diagnosis import JobEnd, cause_of_waiting
+from cloudexec._aws.function_code import archive_code, is_refused
 from cloudexec._aws.function_log import Invocation, default_log_group, read_invocations
 from cloudexec._aws.function_requests import EVENT_AGE, FunctionSpec, event_of
 from cloudexec._aws.functions import ensure_function
+from cloudexec._aws.images import in_thread
 from cloudexec._aws.prices import PriceTable
 from cloudexec._aws.profile import Profile
 from cloudexec._aws.requests import DefinitionSpec, tag_value
+from cloudexec._environment.archive import WRAPPER, Archive
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._launchers.aws.platform import AwsPlatform, connected
 from cloudexec._launchers.aws.platform import Settings as AwsSettings
 from cloudexec._launchers.batch.inquiry import reason_of
 from cloudexec._launchers.lambda_.asking import BURST, STARTS_PER_SECOND, UNSEEN, Asker, Worker
+from cloudexec._launchers.lambda_.code import bucket_for, choose_archive
 from cloudexec._launchers.lambda_.reading import end_of_invocation, end_of_session
 from cloudexec._launchers.platform import (
     ExecutorInfo,
@@ -54,6 +59,7 @@ from cloudexec._launchers.platform import (
     WorkerEnd,
     WorkerStatus,
 )
+from cloudexec._log import tell
 
 __all__ = ["LambdaPlatform", "Settings", "connect"]
 
@@ -80,6 +86,7 @@ class Settings(AwsSettings, Protocol):
     """What the platform must know of the settings of ``Lambda``, which describes them."""
 
     disk_mib: int
+    package: str
     reserved_concurrency: int | None
     role: str | None
     security_groups: tuple[str, ...] | None
@@ -120,6 +127,7 @@ class LambdaPlatform(AwsPlatform):
         self._making = asyncio.Lock()
         self._role = settings.role or profile.function_role
         self._key = b""
+        self._archive: Archive | None = None
         self._is_in_vpc = False
         self._log: list[Invocation] = []
         self._log_read_at = float("-inf")
@@ -143,7 +151,17 @@ class LambdaPlatform(AwsPlatform):
     # The start.
 
     async def _check(self) -> None:
-        self._image = await self._find_image()
+        settings = self._settings
+        self._archive = await choose_archive(
+            self._profile,
+            package=settings.package,
+            image=settings.image,
+            packages=settings.packages,
+            arch=settings.arch,
+            region=self._clients.region,
+        )
+        if self._archive is None:
+            self._image = await self._find_image()
 
     async def start(self) -> Site:
         """Check the settings, and find the address that workers dial."""
@@ -207,10 +225,35 @@ class LambdaPlatform(AwsPlatform):
         """
         async with self._making:
             if self._functions.get(size, gone) == gone:
-                self._functions[size] = await ensure_function(self._clients, self._spec(size))
+                self._functions[size] = await self._ensure(size)
             name = self._functions[size]
             self._inquiry.log_group = self._profile.log_group or default_log_group(name)
             return name
+
+    async def _ensure(self, size: int) -> str:
+        """Return the name of the function; an image takes the place of a refused archive."""
+        try:
+            return await ensure_function(self._clients, self._spec(size), self._code)
+        except AwsError as exc:
+            if self._archive is None or self._settings.package == "zip" or not is_refused(exc):
+                raise
+            tell(f"workers on AWS Lambda need an image: {exc.message}")
+        finally:
+            if self._archive is not None:
+                self._archive.forget()
+        self._image = await self._find_image()
+        self._archive = None
+        return await ensure_function(self._clients, self._spec(size), self._code)
+
+    async def _code(self) -> Mapping[str, Any]:
+        """Return the archive for a function that is made, as the request names it."""
+        archive = self._archive
+        if archive is None:
+            return {}
+        data = await in_thread(archive.data)
+        tell(f"making a function of AWS Lambda from {archive}")
+        bucket = bucket_for(self._profile, self._clients.region)
+        return await archive_code(self._clients, data, bucket)
 
     def _spec(self, size: int) -> FunctionSpec:
         settings, profile = self._settings, self._profile
@@ -220,8 +263,12 @@ class LambdaPlatform(AwsPlatform):
         tags = {**settings.tags, names.TAG_USER: tag_value(names.user_name())}
         if project := settings.project or profile.project:
             tags[names.TAG_PROJECT] = tag_value(project)
+        archive = self._archive
         return FunctionSpec(
-            image=self._image,
+            image="" if archive is not None else self._image,
+            archive=archive.content if archive is not None else "",
+            runtime=archive.runtime if archive is not None else "",
+            wrapper=WRAPPER if archive is not None else "",
             role=self._role,
             memory_mib=settings.size_of(size).memory_mib,
             arch=settings.arch,
@@ -249,7 +296,7 @@ class LambdaPlatform(AwsPlatform):
             "memory_mib": str(size.memory_mib),
             "disk_mib": str(self._settings.disk_mib),
             "arch": self._settings.arch,
-            "image": self._image,
+            "image": self._image if self._archive is None else str(self._archive),
             "function": self._functions.get(request.size, ""),
             **{key: value for key, value in tags.items() if key.startswith("cloudexec:")},
         }
@@ -358,7 +405,8 @@ class LambdaPlatform(AwsPlatform):
             invocation,
             session=self._settings.max_runtime,
             tail=tail,
-            image=self._image,
+            image=self._image if self._archive is None else "",
+            archive=str(self._archive),
             relay=self._inquiry.relay,
         )
 

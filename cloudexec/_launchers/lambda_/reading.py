@@ -14,10 +14,14 @@ _LAST_SECONDS = 75.0
 """Seconds before the end of a session from which on a worker hands its tasks back."""
 _SHARE = 0.8
 _FOUND_NO_CLIENT = 4
+_REMEDY = (
+    "`cloudexec image push` makes one that does; one of your own needs the entry point `python -m "
+    "cloudexec.worker`, and cloudexec in this version"
+)
 
 
 def end_of_invocation(
-    invocation: Invocation, *, session: float, tail: str, image: str, relay: str
+    invocation: Invocation, *, session: float, tail: str, image: str, archive: str, relay: str
 ) -> WorkerEnd:
     """Say how a worker ended, of whose invocation Lambda has reported the end.
 
@@ -25,7 +29,8 @@ def end_of_invocation(
         invocation: The invocation.
         session: Seconds that it had at most.
         tail: The last lines of its log.
-        image: Of the worker.
+        image: Of the worker; empty: its function is made of an archive.
+        archive: That archive, for messages.
         relay: Through which it was to reach the client; empty: none.
     """
     report = invocation.report
@@ -45,12 +50,13 @@ def end_of_invocation(
         reason = Reason(text, "give memory= a larger size, or several to climb")
         return WorkerEnd(reason=reason, out_of_memory=True, began_at=began, ended_at=ended)
     if report.status and not invocation.began_ms:
+        made_of, remedy = f"the image {image}", _REMEDY
+        if not image:
+            made_of, remedy = archive, "package='image' makes an image instead"
         words = f"\n{tail.strip()}" if tail.strip() else ""
         reason = Reason(
-            f"the image {image} does not start a worker: its invocation on AWS Lambda has "
-            f"failed{words}",
-            "`cloudexec image push` makes one that does; one of your own needs the entry point "
-            "`python -m cloudexec.worker`, and cloudexec in this version",
+            f"{made_of} does not start a worker: its invocation on AWS Lambda has failed{words}",
+            remedy,
             fatal=True,
         )
         return WorkerEnd(reason=reason, began_at=began, ended_at=ended)

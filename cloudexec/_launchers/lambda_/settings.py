@@ -29,6 +29,7 @@ __all__ = ["Lambda"]
 _TIMEOUT = 180.0
 """Lambda prepares a new function for up to a minute, and keeps an event for another one."""
 _GIB = 1024
+_PACKAGES = ("auto", "zip", "image")
 
 
 class Lambda(AwsLauncher):
@@ -39,7 +40,7 @@ class Lambda(AwsLauncher):
     takes its place while there is work. A task that needs a whole session fails.
 
     What it needs in the account comes from a profile, which ``cloudexec up --with lambda`` writes,
-    or from ``role`` and ``image``. One launcher serves one executor at a time.
+    or from ``role``. One launcher serves one executor at a time.
 
     Args:
         memory: Of each worker: ``"1769MiB"``, or MiB as an integer, up to 10 GiB. It decides the
@@ -52,7 +53,9 @@ class Lambda(AwsLauncher):
             unless ``role`` is given.
         role: ARN of the role that functions have, and with them tasks, instead of the profile's.
         image: Image of the workers, instead of the profile's: in Amazon ECR, of the same region.
-        packages: Packages that workers have, in an image that is made for it; see ``Batch``.
+        packages: Packages that workers have; see ``Batch``.
+        package: What functions are made of: ``"zip"``, a .zip archive of the packages; ``"image"``,
+            an image; or ``"auto"``, an archive if no image is named and the packages fit.
         region: AWS region, instead of the profile's or the SDK's.
         disk: Size of ``/tmp``, the only place that tasks can write to: ``"512MiB"`` to ``"10GiB"``.
         vpc: Whether workers are in the VPC of the profile. There they reach machines of that VPC,
@@ -87,6 +90,7 @@ class Lambda(AwsLauncher):
         role: str | None = None,
         image: str | None = None,
         packages: str | Path | Packages | None = None,
+        package: str = "auto",
         region: str | None = None,
         disk: str | int = "512MiB",
         vpc: bool | None = None,
@@ -103,6 +107,10 @@ class Lambda(AwsLauncher):
         check_texts(role=role)
         if vpc is not None and not isinstance(vpc, bool):
             raise ConfigError(f"vpc must be True, False or None, not {vpc!r}")
+        if package not in _PACKAGES:
+            raise ConfigError(f"package must be 'auto', 'zip' or 'image', not {package!r}")
+        if package == "zip" and image is not None:
+            raise ConfigError(f"package='zip' has no image, and image={image!r} names one")
         self.subnets = ids_of("subnets", subnets)
         self.security_groups = ids_of("security_groups", security_groups)
         if reserved_concurrency is not None:
@@ -141,6 +149,7 @@ class Lambda(AwsLauncher):
         # Of which the price is that of what is beyond 512 MiB.
         self.ephemeral_gib = self.disk_mib / _GIB  # type: ignore[assignment]
         self.role = role
+        self.package = package
         self.vpc = vpc if subnets is None else True
         self.reserved_concurrency = reserved_concurrency
         self.launch_timeout = _TIMEOUT
@@ -211,7 +220,7 @@ class Lambda(AwsLauncher):
 
     def of_workers(self) -> tuple[object, ...]:
         """Return settings that tell workers apart, besides what ``describe`` says."""
-        return (*super().of_workers(), self.role, self.disk_mib, self.max_runtime)
+        return (*super().of_workers(), self.role, self.package, self.disk_mib, self.max_runtime)
 
     def describe(self) -> str:
         """Say in a few words what this launches."""

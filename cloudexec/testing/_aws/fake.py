@@ -74,7 +74,9 @@ class FakeAWS:
         region: The region that clients are told to use. Every region of AWS works.
         python: The interpreter that stands for the worker image; ``None`` for this process's.
         images: By image name or shell pattern: in process mode the interpreter that stands for the
-            image, in container mode the name of the image to run instead.
+            image, in container mode the name of the image to run instead. By name of a runtime of
+            AWS Lambda, such as ``"python3.12"``: the interpreter that stands for it, instead of the
+            one that ``python`` was made from.
         step: Seconds from one job state to the next if the job need not wait for anything.
         grace: Seconds from SIGTERM to SIGKILL. On AWS they are 30.
         speed: Seconds of AWS per real second, for attempt timeouts and queue time limits. AWS

@@ -1,8 +1,8 @@
 """Environments of AWS Lambda: a process that asks for events over HTTP, and is stopped in between.
 
 Where this process may, an environment has the files that it has on AWS: the system can be read, and
-``/tmp`` alone can be written to; there is no ``/dev/shm``. "Understanding the Lambda execution
-environment lifecycle", AWS Lambda Developer Guide.
+``/tmp`` alone can be written to; there is no ``/dev/shm``; an archive is in ``/var/task``.
+"Understanding the Lambda execution environment lifecycle", AWS Lambda Developer Guide.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from cloudexec.testing._aws.function_archives import ROOT, Unpacked
 from cloudexec.testing._aws.runners import Exit, Runner, Running, StartRequest
 
 __all__ = ["Environment", "Event", "Host", "isolates"]
@@ -38,6 +39,11 @@ for each in null zero full random urandom; do
     touch dev/$each && mount --bind /dev/$each dev/$each || exit 1
 done &&
 ln -s /proc/self/fd dev/fd && mount --rbind dev /dev && mkdir tmp && chmod 1777 tmp &&
+{ [ -z "$TASK" ] || {
+    mount -t tmpfs tmpfs /var && mkdir /var/task /var/runtime &&
+    mount --bind "$TASK" /var/task && mount -o remount,bind,ro /var/task &&
+    mount --bind "$RUNTIME" /var/runtime && mount -o remount,bind,ro /var/runtime
+}; } &&
 mount --bind tmp /tmp && mount -o remount,bind,ro / && ulimit -n "$FILES" && cd / && exec "$@"
 """
 
@@ -48,7 +54,8 @@ def isolates() -> bool:
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         return False
     code = Path(__file__).resolve()
-    if any(str(each).startswith("/tmp/") for each in (code, sys.prefix, sys.base_prefix)):
+    places = (code, sys.prefix, sys.base_prefix)
+    if any(str(each).startswith(("/tmp/", "/var/")) for each in places):
         return False  # they would not be there
     try:
         done = subprocess.run(
@@ -94,12 +101,14 @@ class Host:
 
     Attributes:
         runner: Starts their processes.
+        processes: Starts those of functions without an image, which are processes of this machine.
         address: At which they reach this process.
         listen: At which this process listens for them.
         isolated: Whether they get the files that they have on AWS.
     """
 
     runner: Runner
+    processes: Runner
     address: str
     listen: str
     isolated: bool
@@ -111,7 +120,8 @@ class Environment:
 
     Attributes:
         name: Its id.
-        image: What runs in it.
+        image: What runs in it; empty: that is an archive.
+        archive: The archive.
         memory_mib: What it may use.
         timeout: Seconds that an event may take.
         variables: Of its process.
@@ -129,6 +139,7 @@ class Environment:
     write: Callable[[bytes], None]
     idle: Callable[[Environment], None]
     gone: Callable[[Environment], None]
+    archive: Unpacked | None = None
     broken: bool = False
     event: Event | None = None
     is_closed: bool = False
@@ -157,30 +168,60 @@ class Environment:
             command=self._command(host),
             environment={
                 **self.variables,
+                **self._of_archive(host),
                 "FILES": str(_FILES),
                 "AWS_LAMBDA_RUNTIME_API": f"{host.address}:{port}",
             },
             vcpus=self.memory_mib / 1769,
             memory_mib=self.memory_mib,
         )
+        runner = host.runner if self.archive is None else host.processes
         self._threads = [
             threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True),
-            threading.Thread(target=self._run, args=(host.runner, request), daemon=True),
+            threading.Thread(target=self._run, args=(runner, request), daemon=True),
         ]
         for number, thread in enumerate(self._threads):
             thread.name = f"fake-aws-lambda-{self.name}-{number}"
             thread.start()
 
     def _command(self, host: Host) -> tuple[str, ...]:
-        worker = ("python3", "-c", "raise SystemExit('ImportError: no module named x')")
-        if not self.broken:
+        worker: tuple[str, ...] = (
+            "python3",
+            "-c",
+            "raise SystemExit('ImportError: no module named x')",
+        )
+        if self.archive is not None and not self.broken:
+            worker = self.archive.command(self._task_root(host))
+        elif not self.broken:
             worker = ("python3", "-m", "cloudexec.worker")
             if not host.isolated:
                 return ()
         if not host.isolated:
             return worker
         unshare = ("unshare", "--mount", "--propagation", "private", "sh", "-c", _ISOLATION, "sh")
-        return (*unshare, "env", "-u", "FILES", "HOME=/tmp", "TMPDIR=/tmp", *worker)
+        kept = ("env", "-u", "FILES", "-u", "TASK", "-u", "RUNTIME", "HOME=/tmp", "TMPDIR=/tmp")
+        return (*unshare, *kept, *worker)
+
+    def _task_root(self, host: Host) -> str:
+        """Return where the files of an archive are for its process."""
+        assert self.archive is not None
+        return ROOT if host.isolated else str(self.archive.folder)
+
+    def _of_archive(self, host: Host) -> dict[str, str]:
+        """Return the variables that a managed runtime has, and an image has not.
+
+        "Using Lambda environment variables", AWS Lambda Developer Guide.
+        """
+        if self.archive is None:
+            return {}
+        found = {
+            "LAMBDA_TASK_ROOT": self._task_root(host),
+            "PATH": "/usr/local/bin:/usr/bin:/bin:/opt/bin",
+            "PYTHONPATH": "/var/runtime" if host.isolated else str(self.archive.packages),
+        }
+        if host.isolated:
+            found |= {"TASK": str(self.archive.folder), "RUNTIME": str(self.archive.packages)}
+        return found
 
     def take(self, event: Event) -> None:
         """Give it another event."""

@@ -38,6 +38,9 @@ class FunctionFaults:
         self.inactive = False
         self.failure = ("", "")
         self.used_by_others = 0
+        self.code_storage = 75 * 2**30
+        """Bytes that all archives of the account may have. "Lambda quotas", AWS Lambda Developer
+        Guide."""
         self.concurrency: int | None = None
         """Invocations that the account may have at once; ``None``: the usual number."""
         self._refusals: list[list[object]] = []

@@ -30,3 +30,6 @@ def of_lambda(call: Call) -> Iterator[tuple[str, str, Mapping[str, str]]]:
         if given.get("Tags"):
             yield "lambda:TagResource", function, {}
         yield "iam:PassRole", given["Role"], {"iam:PassedToService": "lambda.amazonaws.com"}
+        if bucket := (given.get("Code") or {}).get("S3Bucket"):
+            # Lambda reads the archive for whoever asks. AWS names no other right to read it.
+            yield "s3:GetObject", f"arn:aws:s3:::{bucket}/{given['Code'].get('S3Key', '')}", {}

@@ -1,4 +1,4 @@
-"""Answers the calls of AWS Lambda: functions of container images that run, and their events."""
+"""Answers the calls of AWS Lambda: functions that run, of images and archives, and their events."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from cloudexec.testing._aws.backends import ACCOUNT
 from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.function_archives import Archives, Unpacked
 from cloudexec.testing._aws.function_environments import Environment, Event, Host
 from cloudexec.testing._aws.limits import ClientError
 from cloudexec.testing._aws.logs import LogWriter
@@ -49,6 +50,7 @@ class _Function:
     made_at: float
     active_at: float
     tags: dict[str, str]
+    archive: Unpacked | None = None
     failure: tuple[str, str] = ("", "")
     is_inactive: bool = False
     reserved: int | None = None
@@ -84,6 +86,10 @@ class _Function:
             "FunctionArn": self.arn,
             "Role": given["Role"],
             "PackageType": given.get("PackageType", "Zip"),
+            "Runtime": given.get("Runtime"),
+            "Handler": given.get("Handler"),
+            "CodeSize": self.archive.size if self.archive else 0,
+            "CodeSha256": self.archive.sha256 if self.archive else "",
             "MemorySize": given.get("MemorySize", 128),
             "Timeout": given.get("Timeout", 3),
             "Architectures": given.get("Architectures", ["x86_64"]),
@@ -105,10 +111,12 @@ class Functions:
 
     Args:
         host: What environments need.
+        archives: Takes the archives of functions without an image.
         logs: Where output goes.
         faults: What goes wrong.
         credentials: Returns the variables with which a role's credentials are found.
         is_new: Whether the account has the quotas of a new one.
+        registry: A registry that stands for Amazon ECR, if there is one.
         speed: Seconds of AWS per real second, for the time limit of an event.
         keep: Seconds for which an environment is kept that has nothing to do.
     """
@@ -116,15 +124,19 @@ class Functions:
     def __init__(
         self,
         host: Host,
+        archives: Archives,
         logs: LogWriter,
         faults: Faults,
         *,
         credentials: Callable[[str], Mapping[str, str]],
         is_new: bool,
+        registry: str | None = None,
         speed: float = 1.0,
         keep: float = 60.0,
     ) -> None:
         self._host = host
+        self._archives = archives
+        self._registry = registry
         self._logs = logs
         self._faults = faults
         self._credentials = credentials
@@ -194,15 +206,19 @@ class Functions:
             raise ClientError(
                 f"Function already exist: {name}", "ResourceConflictException", status=409
             )
-        _check(region, given)
+        archive = _check(region, given, self._archives, self._registry)
+        size = archive.size if archive is not None else 0
+        if self._stored() + size > self._faults.functions.code_storage:
+            raise ClientError("Code storage limit exceeded.", "CodeStorageExceededException")
         now = time.time()
         made = _Function(
             name=name,
             arn=f"arn:aws:lambda:{region}:{ACCOUNT}:function:{name}",
-            request=dict(given),
+            request={key: value for key, value in given.items() if key != "Code" or not archive},
             made_at=now,
             active_at=now + self._faults.functions.pending,
             tags=dict(given.get("Tags") or {}),
+            archive=archive,
             failure=self._faults.functions.failure,
         )
         self._functions[region, name] = made
@@ -249,12 +265,17 @@ class Functions:
     def _unreserved(self) -> int:
         return self._limit - sum(each.reserved or 0 for each in self._functions.values())
 
+    def _stored(self) -> int:
+        return sum(each.archive.size for each in self._functions.values() if each.archive)
+
     def _account(self, _: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
         limit = {
+            "TotalCodeSize": self._faults.functions.code_storage,
             "ConcurrentExecutions": self._limit,
             "UnreservedConcurrentExecutions": self._unreserved(),
         }
-        return {"AccountLimit": limit, "AccountUsage": {"FunctionCount": len(self._functions)}}
+        usage = {"FunctionCount": len(self._functions), "TotalCodeSize": self._stored()}
+        return {"AccountLimit": limit, "AccountUsage": usage}
 
     def _put_concurrency(self, region: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
         found, wanted = self._named(region, given), given["ReservedConcurrentExecutions"]
@@ -396,7 +417,8 @@ class Functions:
         }
         environment = Environment(
             name=name,
-            image=given["Code"]["ImageUri"],
+            image="" if function.archive else given["Code"]["ImageUri"],
+            archive=function.archive,
             memory_mib=given.get("MemorySize", 128),
             timeout=given.get("Timeout", 3) / self._speed,
             variables=variables,
@@ -434,24 +456,26 @@ class Functions:
                         each.starve()
 
 
-def _check(region: str, given: Mapping[str, Any]) -> None:
-    """Refuse what AWS refuses beyond what its model says."""
+def _check(
+    region: str, given: Mapping[str, Any], archives: Archives, registry: str | None
+) -> Unpacked | None:
+    """Refuse what AWS refuses beyond what its model says; return the archive, if it is one."""
 
     def refuse(text: str, code: str = "InvalidParameterValueException") -> None:
         raise ClientError(text, code)
 
     image = (given.get("Code") or {}).get("ImageUri", "")
-    if given.get("PackageType") != "Image":
-        refuse("FakeAWS has functions of container images only")
-    if given.get("Runtime") or given.get("Handler"):
+    is_image = given.get("PackageType") == "Image"
+    if is_image and (given.get("Runtime") or given.get("Handler")):
         refuse(
             "Please don't provide Handler or Runtime or Layer when the intended function "
             "PackageType is Image."
         )
     found = _IMAGE.fullmatch(image)
-    if found is None:
+    is_in_registry = registry is not None and image.startswith(f"{registry}/")
+    if is_image and found is None and not is_in_registry:
         refuse(f"Source image {image} is not valid. Provide a valid source image.")
-    elif found[1] != region:
+    elif found is not None and found[1] != region:
         refuse(f"The source image {image} is in another region.")
     least, most = _MEMORY
     if not least <= given.get("MemorySize", 128) <= most:
@@ -472,7 +496,10 @@ def _check(region: str, given: Mapping[str, Any]) -> None:
     role = next((each for each in roles if each.arn == given["Role"]), None)
     if role is None or "lambda.amazonaws.com" not in str(role.assume_role_policy_document):
         refuse("The role defined for the function cannot be assumed by Lambda.")
+    if not is_image:
+        return archives.unpack(region, given)
     _check_repository(region, image)
+    return None
 
 
 def _check_repository(region: str, image: str) -> None:

@@ -29,6 +29,7 @@ from cloudexec.testing._aws.ec2 import Ec2
 from cloudexec.testing._aws.ecs import Ecs
 from cloudexec.testing._aws.engine import Engine
 from cloudexec.testing._aws.faults import Faults
+from cloudexec.testing._aws.function_archives import Archives
 from cloudexec.testing._aws.function_environments import Host, isolates
 from cloudexec.testing._aws.functions import Functions
 from cloudexec.testing._aws.gateway import Gateway
@@ -173,17 +174,26 @@ class Session:
         self._jobs = BatchJobs(self.engine, owner.faults)
         self._tasks = Tasks(self.engine, are_processes=owner.mode == "process")
         self._ecs = Ecs(self.engine, owner.faults, self._tasks)
+        of_functions = directory / "functions"
+        of_functions.mkdir()
+        processes = runner
+        if owner.mode == "container":
+            processes = ProcessRunner(of_functions, python=owner.python, images={})
+            self._closers.append(processes.close)
         self.functions = Functions(
             Host(
                 runner=runner,
+                processes=processes,
                 address=self.host_for_jobs,
                 listen=self._listen_host(),
                 isolated=owner.mode == "process" and isolates(),
             ),
+            Archives(of_functions, python=owner.python, images=owner.images),
             logs,
             owner.faults,
             credentials=platform.credentials,
             is_new=owner.new_account,
+            registry=owner.registry,
             speed=owner.speed,
         )
         self._closers.append(self.functions.close)
