@@ -25,7 +25,7 @@ _MOST_OF_SESSION = 0.25
 """What counts as the beginning of a worker's time on a platform that limits it: a part of that
 time, and some seconds at least, as the first process has to start."""
 _LEAST_OF_SESSION = 0.25
-"""A task that had less of that time is handed back in any case: the worker's start took the rest."""
+"""A task that had less of that time is handed back in any case, as the start took the rest."""
 
 
 class TakingBack:

@@ -114,7 +114,8 @@ class _OnBatchExecutor:
         altered, support.environment_altered = support.environment_altered, False
         if sys.version_info < (3, 11, 4):
             # There it counts threads that have ended, and that garbage collection will delete.
-            altered = len(threading.enumerate()) > self._threads or bool(multiprocessing.active_children())
+            altered = len(threading.enumerate()) > self._threads
+            altered = altered or bool(multiprocessing.active_children())
         assert not altered, f"threads or processes were left behind: {threading.enumerate()}"
 
 
