@@ -253,7 +253,7 @@ def test_a_worker_that_was_ended_while_it_was_asked_for_leaves_no_task(
             assert len(aws.jobs()) == 1
 
     asyncio.run(run())
-    assert not unfinished(aws)
+    eventually(lambda: not unfinished(aws))
 
 
 def test_a_lost_answer_is_looked_for_also_where_the_next_try_was_throttled(

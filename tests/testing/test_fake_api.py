@@ -331,6 +331,7 @@ def test_state_is_empty_on_entering_and_environment_is_restored(
 
     monkeypatch.setenv("AWS_REGION", "mars-north-1")
     monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     for _ in range(2):
         with FakeAWS(region="eu-central-1") as aws:
             account = Account(aws)
