@@ -8,10 +8,11 @@ initializer may set up more handlers in the worker.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from cloudexec import _plain_json
 
 __all__ = ["LOG_STREAM", "inherit", "line_of", "state_of_logging"]
 
@@ -48,7 +49,7 @@ class Forwarder(logging.Handler):
             if fields["exc_text"]:
                 fields["exc_text"] = fields["exc_text"][-_MOST_TEXT:]
             record.__dict__["_sent_by"] = id(self)
-            if not self._send(json.dumps(fields, default=str).encode()) and _last_resort:
+            if not self._send(_plain_json.encode(fields, default=str)) and _last_resort:
                 _last_resort.handle(record)
         except Exception:
             self.handleError(record)
@@ -98,7 +99,7 @@ def inherit(state: Mapping[str, Any], send: Callable[[bytes], bool]) -> None:
 def line_of(data: bytes) -> bytes:
     """Return a record as a line of text, for the output that the error of a task shows."""
     try:
-        fields = json.loads(data)
+        fields = _plain_json.decode(data)
         return f"{fields['levelname']}:{fields['name']}:{fields['msg']}\n".encode()
     except (ValueError, KeyError, TypeError):
         return b""  # it is no record of ``Forwarder``

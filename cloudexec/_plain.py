@@ -9,12 +9,12 @@ and the metadata, and the other side's last frame has the status.
 from __future__ import annotations
 
 import asyncio
-import json
 import struct
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+from cloudexec import _plain_json
 from cloudexec._rpc import END, CallError
 from cloudexec._wire.channel import MAX_MESSAGE_BYTES
 
@@ -168,7 +168,7 @@ class Frames(asyncio.Protocol):
 
 def pack_metadata(metadata: Metadata) -> bytes:
     """Encode metadata, whose values are strings, or bytes under names that end in ``-bin``."""
-    return json.dumps({k: v.hex() if isinstance(v, bytes) else v for k, v in metadata}).encode()
+    return _plain_json.encode({k: v.hex() if isinstance(v, bytes) else v for k, v in metadata})
 
 
 def unpack_metadata(data: bytes | str) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def unpack_metadata(data: bytes | str) -> dict[str, Any]:
     Raises:
         ValueError: If the data is no valid metadata.
     """
-    found = json.loads(data)
+    found = _plain_json.decode(data)
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise ValueError("no metadata")
     return {k: bytes.fromhex(v) if k.endswith("-bin") else v for k, v in found.items()}
@@ -247,7 +247,7 @@ class _Call:
         self.on_end: Callable[[_Call], None] | None = None
         self._pack = pack
         self._unpack = unpack
-        self._first = json.dumps([method, pack_metadata(metadata).decode()]).encode()
+        self._first = _plain_json.encode([method, pack_metadata(metadata).decode()])
         self._frames: Frames | None = None
         self._answered: Mapping[str, Any] = {}
         self._status: tuple[str, str] | None = None

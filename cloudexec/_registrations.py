@@ -1,7 +1,9 @@
-"""Finds what a script has registered in the standard library: reducers, adapters, virtual classes.
+"""Finds what a script has registered in libraries, and what it has replaced in them.
 
-A worker that is no copy of the program imports the standard library anew. What is registered there
-for the script's classes is sent with the script's globals, as only these can be found by then.
+Reducers, adapters and virtual classes are registered; ``json.dumps = dumps`` replaces a function,
+and ``logging.setLoggerClass()`` a class. A worker that is no copy of the program imports libraries
+anew. What they have of the script is sent with the script's globals, as only these can be found by
+then.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
-from cloudexec._main import NAMES
+from cloudexec._main import NAMES, namespace
+from cloudexec._modules import own_modules
 
 __all__ = ["Registration", "registrations"]
 
@@ -23,12 +26,13 @@ _ABSTRACT = ("collections.abc", "numbers", "os")
 
 
 class Registration:
-    """What a worker that unpickles it registers: entries of a table, or pairs of classes.
+    """What a worker that unpickles it registers: entries of a table, attributes, pairs of classes.
 
     Args:
-        where: The names of a module and of a dictionary in it; empty for pairs of an abstract class
-            and a class that is registered with it.
-        entries: The entries of the dictionary, or the pairs.
+        where: The names of a module, and of a dictionary or a class in it if there is a second one;
+            empty for pairs of an abstract class and a class that is registered with it.
+        entries: The entries of the dictionary, or the attributes of the module or class, by name;
+            or the pairs.
     """
 
     def __init__(self, where: tuple[str, ...], entries: Any) -> None:
@@ -40,11 +44,18 @@ class Registration:
 
 
 def _register(where: tuple[str, ...], entries: Any) -> None:
-    if where:
-        getattr(importlib.import_module(where[0]), where[1]).update(entries)
-    else:
+    if not where:
         for abstract, cls in entries:
             abstract.register(cls)
+        return
+    holder: Any = importlib.import_module(where[0])
+    for name in where[1:]:
+        holder = getattr(holder, name)
+    if isinstance(holder, dict):
+        holder.update(entries)
+        return
+    for name, value in entries.items():
+        setattr(holder, name, value)
 
 
 def registrations() -> Iterator[Registration]:
@@ -68,6 +79,41 @@ def registrations() -> Iterator[Registration]:
     ]
     if pairs:
         yield Registration((), pairs)
+    yield from _replaced()
+
+
+def _replaced() -> Iterator[Registration]:
+    """Yield what modules and classes that the script imports have of it as attributes."""
+    holders: dict[tuple[str, ...], object] = {}
+    for value in list(namespace().values()):
+        if isinstance(value, ModuleType):
+            holders[(value.__name__,)] = value
+            top = _top(value.__name__)
+            for name, each in list(vars(value).items()):
+                if (
+                    isinstance(each, type)
+                    and each.__name__ == name
+                    and _top(each.__module__) == top
+                ):
+                    holders[value.__name__, name] = each
+        elif isinstance(value, type) and value.__module__ not in NAMES:
+            holders[value.__module__, value.__name__] = value
+    for where, holder in holders.items():
+        found: Any = sys.modules.get(where[0])
+        for name in where[1:]:
+            found = getattr(found, name, None)
+        if found is not holder or where[0] in NAMES:
+            continue
+        entries = {
+            name: value for name, value in list(vars(holder).items()) if _is_of_script(value)
+        }
+        # What the user's own modules have is sent with their state.
+        if entries and where[0] not in own_modules():
+            yield Registration(where, entries)
+
+
+def _top(module: object) -> str:
+    return str(module).partition(".")[0]
 
 
 def _parts(key: object) -> tuple[object, ...]:

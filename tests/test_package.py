@@ -20,7 +20,7 @@ PACKAGE = ROOT / "cloudexec"
 
 # Which parts of the package each part may import, itself aside. Everyone may import the errors,
 # what puts them into words, annotations, and the decorator for classes of named values.
-ANYWHERE = {"_annotations", "_describing", "_errors", "_record_class", "_rpc"}
+ANYWHERE = {"_annotations", "_describing", "_errors", "_plain_json", "_record_class", "_rpc"}
 MAY_IMPORT = {
     "_core": {"_config"},
     "_server": {
@@ -165,7 +165,8 @@ MAY_IMPORT = {
         "_unsendable",
     },
     "_shared_state": {"_fingerprints"},
-    "_registrations": {"_main"},
+    "_registrations": {"_main", "_modules"},
+    "_plain_json": set(),
     "_unsendable": {"_fingerprints", "_payload", "_sharing"},
     "_fingerprints": {"_main"},
     "_functions": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -12,6 +11,7 @@ import threading
 import time
 from typing import Any
 
+from cloudexec import _plain_json
 from cloudexec._forked import count_threads, count_threads_after_fork, templates
 from cloudexec.worker import copied
 
@@ -138,7 +138,7 @@ class Template:
         stderr_read, stderr_write = os.pipe()
         try:
             with self._lock:
-                data = json.dumps(told).encode()
+                data = _plain_json.encode(told)
                 socket.send_fds(self._connection, [data], [stdin_read, stderr_write])
                 while (message := self._receive())[0] != copied.BEGUN:
                     pass

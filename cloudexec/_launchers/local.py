@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cloudexec import _plain_json
 from cloudexec._config import WorkerCapacity, check_count, format_bytes
 from cloudexec._descriptors import too_many_files
 from cloudexec._errors import ConfigError, LaunchError
@@ -309,7 +309,7 @@ def _directory() -> str:
 
 def _write(popen: subprocess.Popen[bytes] | Copy, line: dict[str, Any]) -> None:
     assert popen.stdin is not None
-    data = memoryview(json.dumps(line).encode() + b"\n")
+    data = memoryview(_plain_json.encode(line) + b"\n")
     with contextlib.suppress(OSError):  # the process has ended, and its end is reported elsewhere
         while data:
             data = data[popen.stdin.write(data) :]

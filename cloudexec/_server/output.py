@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import json
 import logging
 import queue
 import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from cloudexec import _plain_json
 from cloudexec._forked import OwnThread, end_if_forked
 from cloudexec._log import Log
 from cloudexec._logs import LOG_STREAM
@@ -102,7 +102,7 @@ class OutputThread:
 
     def _log(self, worker: str, number: int, data: bytes) -> None:
         """Pass a task's log record to the logger of the same name in this process."""
-        record = logging.makeLogRecord(json.loads(data))
+        record = logging.makeLogRecord(_plain_json.decode(data))
         where = {"worker": worker, "task": number, "task_name": self._names.get(number, "")}
         for key, value in where.items():
             record.__dict__.setdefault(key, value)

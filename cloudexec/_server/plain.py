@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from collections.abc import AsyncIterator
 from typing import Any
 
+from cloudexec import _plain_json
 from cloudexec._plain import (
     CALL,
     DONE,
@@ -118,7 +118,7 @@ class PlainServer:
     async def _call(self, frames: Frames, kind: int, data: bytes) -> None:
         service, servicer = self._service, self._servicer
         try:
-            method, told = json.loads(data) if kind == CALL else ("", b"")
+            method, told = _plain_json.decode(data) if kind == CALL else ("", b"")
             metadata = unpack_metadata(told)
         except (ValueError, TypeError, RecursionError):
             raise CallError("INVALID_ARGUMENT", "this is no call") from None

@@ -18,7 +18,6 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import json
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from cloudexec import _enrolment
+from cloudexec import _enrolment, _plain_json
 from cloudexec._core import events
 from cloudexec._core.tasks import TaskState
 from cloudexec._journal.journal import KEY_BYTES as _KEY_BYTES
@@ -104,7 +103,7 @@ class _Estate:
             "launches": self.launches,
             "launcher": self.launcher,
         }
-        data = json.dumps(pairs).encode()
+        data = _plain_json.encode(pairs)
         return _check_of(data) + data
 
     @classmethod
@@ -118,7 +117,7 @@ class _Estate:
         if check != _check_of(data):
             raise ValueError("what it left is damaged")
         try:
-            found = json.loads(data)
+            found = _plain_json.decode(data)
             if found["version"] != _VERSION:
                 raise ValueError("another version of cloudexec left them")
             return cls(

@@ -17,7 +17,6 @@ worker for each invocation: see ``function``.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import select
 import signal
@@ -27,6 +26,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
+from cloudexec import _plain_json
 from cloudexec._descriptors import BASE_FILES, FILES_PER_SLOT, file_limits, raise_file_limit
 from cloudexec._runs.protocol import RUN_VARIABLE
 from cloudexec.worker.client import Client
@@ -211,7 +211,7 @@ def _second_line(client: Client) -> dict[str, Any]:
         if data == b"" or client.is_gone():
             os._exit(0)
         line += data or b""
-    found: dict[str, Any] = json.loads(line)
+    found: dict[str, Any] = _plain_json.decode(line)
     return found
 
 

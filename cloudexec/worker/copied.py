@@ -21,7 +21,6 @@ from __future__ import annotations
 import atexit
 import contextvars
 import gc
-import json
 import os
 import select
 import signal
@@ -35,6 +34,8 @@ import weakref
 from collections.abc import Mapping
 from types import FunctionType, ModuleType
 from typing import Any, NoReturn
+
+from cloudexec import _plain_json
 
 __all__ = ["BEGUN", "ENDED", "MESSAGE", "serve_template"]
 
@@ -114,7 +115,7 @@ def _serve(connection: socket.socket, wake_read: int, wake_write: int) -> None:
                 data, files, _, _ = socket.recv_fds(connection, _REQUEST_BYTES, 2)
                 if not data:
                     break
-                told = json.loads(data)
+                told = _plain_json.decode(data)
                 with warnings.catch_warnings():
                     # Python warns of forking with threads; this process was made for it, see above.
                     warnings.simplefilter("ignore", DeprecationWarning)

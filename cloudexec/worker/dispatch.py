@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import struct
 
+from cloudexec import _plain_json
 from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.child import Child
 from cloudexec.worker.footprint import Footprint
@@ -160,7 +160,7 @@ class Dispatch:
         if requirements is None:
             return
         if requirements.env:
-            body = json.dumps(requirements.env).encode()
+            body = _plain_json.encode(requirements.env)
             slot.write(HEADER.pack(Kind.ENVIRONMENT, len(body), slot.sent + 1) + body)
         if requirements.last:
             slot.last = slot.sent + 1

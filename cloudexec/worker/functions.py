@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from cloudexec import _plain_json
 from cloudexec._record_class import record
 from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.child import Child
@@ -90,7 +90,7 @@ class Functions:
             pickle = self._blobs.places(function.blobs) + pickle
         about = b""
         if function.needs or function.globals:
-            about = json.dumps([function.needs, function.globals, function.module]).encode()
+            about = _plain_json.encode([function.needs, function.globals, function.module])
         flags = FUNCTION.pack(function.fresh, bool(function.blobs), len(about))
         header = HEADER.pack(Kind.FUNCTION, len(flags) + len(about) + len(pickle), number)
         slot.write(b"".join((header, flags, about, pickle)))

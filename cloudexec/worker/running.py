@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ import socket
 import traceback
 from typing import Any
 
-from cloudexec import _enrolment
+from cloudexec import _enrolment, _plain_json
 from cloudexec._errors import LaunchError
 from cloudexec._proto import tasks_pb2 as pb
 from cloudexec._rpc import call_errors
@@ -292,5 +291,5 @@ def _settings(welcome: pb.Welcome, address: Address, modules: str) -> Settings:
         modules=modules,
         number=int(address.identity) if address.identity.isdigit() else 1,
         client_pid=0 if address.client is None else address.client.pid,
-        inheritance=json.loads(welcome.inheritance or b"{}"),
+        inheritance=_plain_json.decode(welcome.inheritance or b"{}"),
     )

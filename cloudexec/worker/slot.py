@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import multiprocessing.resource_tracker  # noqa: F401 (here, before slots are forked)
 import os
 import pickle
@@ -29,6 +28,7 @@ from cloudexec._objects.places import (
     Place,
     unpack_places,
 )
+from cloudexec._plain_json import decode
 from cloudexec.worker import frames
 from cloudexec.worker.frames import (
     COMPOSED,
@@ -153,7 +153,7 @@ class Slot:
                 self._outlet.flush()
                 return
             if kind == Kind.ENVIRONMENT:
-                self._variables = number, json.loads(body)
+                self._variables = number, decode(body)
             elif kind == Kind.BATCH and self._variables is not None:
                 with self._environment(number):
                     handlers[kind](number, body)
@@ -179,7 +179,7 @@ class Slot:
                     os.environ[name] = value
 
     def _on_setup(self, number: int, body: bytes) -> None:
-        setup = json.loads(body)
+        setup = decode(body)
         if setup["sys_path"]:
             sys.path[:] = setup["sys_path"]
         if setup["modules"]:
@@ -239,7 +239,7 @@ class Slot:
         fresh, composed, size = FUNCTION.unpack_from(body)
         at = FUNCTION.size + size
         pickled = body[at:]
-        needs, names, module = json.loads(body[FUNCTION.size : at]) if size else ((), (), "")
+        needs, names, module = decode(body[FUNCTION.size : at]) if size else ((), (), "")
         if names and names != ["*"]:
             self._functions[number] = self._definition(number, names, module, pickled, composed)
             return

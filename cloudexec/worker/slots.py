@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cloudexec import _plain_json
 from cloudexec._record_class import record
 from cloudexec.worker.blobs import BlobCache
 from cloudexec.worker.child import Child
@@ -191,7 +191,7 @@ class Slots:
             "inheritance": dict(settings.inheritance),
             "main": dict(settings.main),
         }
-        body = json.dumps(setup).encode()
+        body = _plain_json.encode(setup)
         slot.write(HEADER.pack(Kind.SETUP, len(body), 0) + body)
         if settings.initializer:
             number = settings.initializer_needs

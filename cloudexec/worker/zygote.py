@@ -13,7 +13,6 @@ enforced since 2.4.25 (getrlimit(2)).
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import select
@@ -24,6 +23,8 @@ import sys
 import time
 from collections.abc import Container, Mapping
 from typing import Any
+
+from cloudexec import _plain_json
 
 __all__ = [
     "MESSAGE",
@@ -273,7 +274,7 @@ def _start_over(
         # A copy has the client's hash seed. All fresh zygotes must have the same seed, too.
         os.environ["PYTHONHASHSEED"] = bootstrap["hash_seed"]
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    os.execv(sys.executable, [sys.executable, *flags, "-c", _AGAIN, json.dumps(told)])
+    os.execv(sys.executable, [sys.executable, *flags, "-c", _AGAIN, _plain_json.encode(told)])
 
 
 def run_again(told: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 _PROGRAM = """
-import copyreg, multiprocessing as mp, numbers, pickle, sqlite3, sys, threading
+import copyreg, json, logging, multiprocessing as mp, numbers, pickle, sqlite3, sys, threading
 from cloudexec import BatchExecutor
 
 local = threading.local()
@@ -34,6 +34,22 @@ sqlite3.register_adapter(Point, lambda point: point.x)
 def registered():
     row = sqlite3.connect(":memory:").execute("select ?", (Point(7),)).fetchone()
     return row, isinstance(Point(1), numbers.Number), pickle.loads(pickle.dumps(Point(1))).x
+
+class Logger(logging.Logger):
+    def shout(self):
+        return "HEY"
+
+logging.setLoggerClass(Logger)
+plain = json.dumps
+
+def dumps(value):
+    return "mine: " + plain(value)
+
+json.dumps = dumps
+json.JSONEncoder.default = lambda self, value: f"no {type(value).__name__}"
+
+def replaced():
+    return json.dumps({1}), logging.getLogger("new").shout()
 
 class Outer:
     class Inner:
@@ -61,6 +77,7 @@ if __name__ == "__main__":
     with BatchExecutor(1, preload=sys.argv[1] == "copy") as executor:
         print(executor.submit(of_this_thread).result())
         print(executor.submit(registered).result())
+        print(executor.submit(replaced).result())
         *rest, made = executor.submit(nested).result()
         print(rest, type(made) is Outer.Inner, made.count)
         print(executor.submit(Outer.Inner).result().count)
@@ -81,6 +98,7 @@ def test_small_things_are_as_in_a_process_pool(tmp_path: Path, way: str) -> None
     assert _run(tmp_path, way) == [
         "(3, False)",
         "((7,), True, 101)",
+        "('mine: \"no set\"', 'HEY')",
         "[\"<class '__main__.Outer.Inner'>\", True] True 0",
         "0",
         "('<stdout>', 'w', '<stderr>', 'wb') ('t', True)",

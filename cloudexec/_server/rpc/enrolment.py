@@ -7,13 +7,12 @@ stranger. A worker whose connection was cut goes on with its session, without a 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from cloudexec import _enrolment, _nesting
+from cloudexec import _enrolment, _nesting, _plain_json
 from cloudexec._launchers.base import Arrival
 from cloudexec._log import Log
 from cloudexec._logs import state_of_logging
@@ -288,7 +287,7 @@ def _inheritance(service: Service) -> bytes:
         inheritance["logging"] = state_of_logging()
     if service.setup.module_state:
         inheritance["modules"] = service.setup.module_state.hex()
-    return json.dumps(inheritance).encode()
+    return _plain_json.encode(inheritance)
 
 
 def _authkey() -> bytes:
