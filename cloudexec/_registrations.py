@@ -84,32 +84,33 @@ def registrations() -> Iterator[Registration]:
 
 def _replaced() -> Iterator[Registration]:
     """Yield what modules and classes that the script imports have of it as attributes."""
-    holders: dict[tuple[str, ...], object] = {}
+    places: dict[int, tuple[str, ...]] = {}
     for value in list(namespace().values()):
-        if isinstance(value, ModuleType):
-            holders[(value.__name__,)] = value
-            top = _top(value.__name__)
-            for name, each in list(vars(value).items()):
-                if (
-                    isinstance(each, type)
-                    and each.__name__ == name
-                    and _top(each.__module__) == top
-                ):
-                    holders[value.__name__, name] = each
-        elif isinstance(value, type) and value.__module__ not in NAMES:
-            holders[value.__module__, value.__name__] = value
-    for where, holder in holders.items():
+        if issubclass(type(value), ModuleType):
+            content = vars(value)
+            module = content.get("__name__")
+            places[id(value)] = (module,)
+            for name, each in list(content.items()):
+                if issubclass(type(each), type) and _top(_module_of(each)) == _top(module):
+                    places.setdefault(id(each), (module, name))
+        elif issubclass(type(value), type):
+            places.setdefault(id(value), (_module_of(value), value.__name__))
+    for number, where in places.items():
+        if where[0] in NAMES:
+            continue
         found: Any = sys.modules.get(where[0])
         for name in where[1:]:
-            found = getattr(found, name, None)
-        if found is not holder or where[0] in NAMES:
+            found = getattr(found, "__dict__", {}).get(name)
+        if id(found) != number:
             continue
-        entries = {
-            name: value for name, value in list(vars(holder).items()) if _is_of_script(value)
-        }
+        entries = {name: value for name, value in list(vars(found).items()) if _is_of_script(value)}
         # What the user's own modules have is sent with their state.
         if entries and where[0] not in own_modules():
             yield Registration(where, entries)
+
+
+def _module_of(cls: type) -> str:
+    return str(type.__getattribute__(cls, "__dict__").get("__module__", ""))
 
 
 def _top(module: object) -> str:

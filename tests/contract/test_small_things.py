@@ -48,6 +48,12 @@ def dumps(value):
 json.dumps = dumps
 json.JSONEncoder.default = lambda self, value: f"no {type(value).__name__}"
 
+class Lazy(type(sys)):
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+lazy = Lazy("lazy")
+
 def replaced():
     return json.dumps({1}), logging.getLogger("new").shout()
 
