@@ -100,8 +100,12 @@ class _LostProcessError(CloudexecError, BrokenExecutor):
 
     def __new__(cls, *args: Any, **details: Any) -> Self:
         if BrokenExecutor in _LostProcessError.__bases__:
-            from concurrent.futures.process import BrokenProcessPool
-
+            try:
+                from concurrent.futures.process import BrokenProcessPool
+            except RuntimeError:
+                # The program has ended, and waits for its tasks: the module cannot be imported any
+                # more, so nothing can ask for the class either.
+                return super().__new__(cls, *args, **details)
             _LostProcessError.__bases__ = (CloudexecError, BrokenProcessPool)
         return super().__new__(cls, *args, **details)
 

@@ -19,8 +19,9 @@ class BlockingThreads(ThreadPoolExecutor):
     """The default executor of the portal's loop. asyncio requires a ThreadPoolExecutor.
 
     When the main thread has ended, the base class ends its threads and accepts no more calls, and
-    from Python 3.12 on no thread can be started. Tasks that were submitted before must still run,
-    and that may need a new connection to AWS. So these threads start at once, and are daemons.
+    some versions of Python start no thread any more. Tasks that were submitted before must still
+    run, and that may need a new connection to AWS, or a thread that copies a large result. So these
+    threads start at once, and are daemons.
     """
 
     def __init__(self) -> None:

@@ -276,8 +276,6 @@ class Driver:
             LaunchError: If the server cannot listen at its address.
         """
         setup, launcher, engine, takeover = self.setup, self._launcher, self.engine, self.takeover
-        if launcher.needs_network():
-            self.portal.outlast_main_thread()
         self._starting = asyncio.current_task()
         scaling = self.machine.config.scaling
         workers = -(-scaling.max_slots // scaling.slots_per_worker)

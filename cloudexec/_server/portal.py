@@ -32,7 +32,8 @@ class Portal:
         self._stopped = False
         self._closed = False
         self._closing = threading.Lock()
-        self._blocking: BlockingThreads | None = None
+        self._blocking = BlockingThreads()
+        self.loop.set_default_executor(self._blocking)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.thread = OwnThread(self._run, "cloudexec")
         self.thread.start()
@@ -69,15 +70,6 @@ class Portal:
         self._stopped = True
         self.loop.stop()
 
-    def outlast_main_thread(self) -> None:
-        """Let the loop's default executor work on after the main thread has ended.
-
-        Called on the loop thread.
-        """
-        if self._blocking is None:
-            self._blocking = BlockingThreads()
-            self.loop.set_default_executor(self._blocking)
-
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.set_exception_handler(_handle)
@@ -102,8 +94,7 @@ class Portal:
             self.loop.run_until_complete(asyncio.sleep(0))
         finally:
             asyncio.set_event_loop(None)
-            if self._blocking is not None:
-                self._blocking.shutdown()
+            self._blocking.shutdown()
             self.loop.close()
 
     def post(self, fn: Callable[..., object], *args: object) -> None:

@@ -77,6 +77,60 @@ except Exception as error:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
 
 
+# What is not done when the program's main thread ends.
+
+
+def test_a_worker_that_is_lost_while_the_interpreter_ends_is_that_error(tmp_path: Path) -> None:
+    """The module that defines BrokenProcessPool cannot be imported any more then."""
+    program = """
+import os, sys, time
+from cloudexec import BatchExecutor
+
+def die():
+    time.sleep(0.5)
+    os._exit(3)
+
+def show(future):
+    print(type(future.exception()).__name__)
+
+if __name__ == "__main__":
+    assert "concurrent.futures.process" not in sys.modules
+    BatchExecutor(1, retries=0).submit(die).add_done_callback(show)
+"""
+    assert _output_of(program, tmp_path) == ["WorkerLostError"]
+
+
+@pytest.mark.parametrize("options", ["", "listen='127.0.0.1:0'"])
+def test_large_results_come_while_the_interpreter_ends(options: str, tmp_path: Path) -> None:
+    """The standard library's thread pools take no more calls then."""
+    program = f"""
+import time
+from cloudexec import BatchExecutor
+
+def work(data):
+    time.sleep(0.5)
+    return data + data
+
+def show(future):
+    print(len(future.result()))
+
+if __name__ == "__main__":
+    executor = BatchExecutor(1, {options})
+    for _ in range(3):
+        executor.submit(work, bytes(5_000_000)).add_done_callback(show)
+"""
+    assert _output_of(program, tmp_path) == ["10000000"] * 3
+
+
+def _output_of(program: str, directory: Path) -> list[str]:
+    script = directory / "script.py"
+    script.write_text(program)
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.splitlines()
+
+
 # What multiprocessing says of them.
 
 
