@@ -162,6 +162,7 @@ class Hello(_message.Message):
     PULL_SECONDS_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     PACKAGES_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     executor_id: _builtins.str
@@ -185,6 +186,11 @@ class Hello(_message.Message):
     """The packages that are installed where it runs, one "name==version" a line, compressed by zlib;
     of workers elsewhere.
     """
+    process: _builtins.bytes
+    """Random, and the same in each hello of a process. If a worker's connection is cut before the
+    welcome arrives, this shows that the next one is the same process, and not another one with the
+    same identity.
+    """
     resume: _builtins.bytes
     """The session that this worker has already and goes on with: the SHA-256 of its token. Both sides
     then prove that they know the token, too.
@@ -205,11 +211,12 @@ class Hello(_message.Message):
         pull_seconds: _builtins.float = ...,
         attempt: _builtins.int = ...,
         packages: _builtins.bytes = ...,
+        process: _builtins.bytes = ...,
         resume: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_seconds", b"boot_seconds", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "identity", b"identity", "job_id", b"job_id", "nonce", b"nonce", "packages", b"packages", "pid", b"pid", "pull_seconds", b"pull_seconds", "python_version", b"python_version", "resume", b"resume", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_seconds", b"boot_seconds", "cloudpickle_version", b"cloudpickle_version", "executor_id", b"executor_id", "identity", b"identity", "job_id", b"job_id", "nonce", b"nonce", "packages", b"packages", "pid", b"pid", "process", b"process", "pull_seconds", b"pull_seconds", "python_version", b"python_version", "resume", b"resume", "slots", b"slots", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

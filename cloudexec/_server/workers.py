@@ -75,6 +75,18 @@ class Workers:
         """Return the id of the process that was started for a launch; 0 if it is not known."""
         return self._launcher.pid_of(self._engine.executor_id, identity)
 
+    def unheard(self, identity: str, process: bytes) -> Any:
+        """Return the session of a worker whose welcome may not have arrived; ``None`` if none.
+
+        Args:
+            identity: The worker's launch.
+            process: How its process names itself, so that no other one gets the session.
+        """
+        session = self._sessions.of_launch(identity)
+        if session is None or not session.resumable or session.welcome is None or not process:
+            return None
+        return session if session.process == process and not self._engine.is_closing else None
+
     def admit(self, identity: str) -> str | None:
         """Return why the worker of a launch may not connect; ``None`` if it may."""
         machine = self._engine.machine

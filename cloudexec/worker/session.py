@@ -54,6 +54,7 @@ class Session:
         self.welcome = pb.Welcome()
         self.flushed = asyncio.Event()
         self._address = address
+        self._process = os.urandom(16)
         self._calls = Calls()
         self.outbox = Outbox(
             self._wake, lambda *args, **kwargs: self._uploads.composed(*args, **kwargs)
@@ -109,6 +110,7 @@ class Session:
             boot_seconds=seconds_since_start() if is_new else 0.0,
             pull_seconds=pull,
             packages=pack_versions() if is_new and address.job_id else b"",
+            process=self._process,
         )
         await self._calls.bind(channel)
         self._call = self._calls.session()

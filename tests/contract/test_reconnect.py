@@ -169,6 +169,18 @@ def test_a_worker_that_is_cut_while_it_fetches_modules_comes_back(
     assert set(_runs(log).values()) == {1}
 
 
+@pytest.mark.parametrize("first", [4000, 5000, 6000])
+def test_a_worker_that_is_cut_while_it_enrols_comes_back(first: int, tmp_path: Path) -> None:
+    """Cut anywhere in the enrolment, which takes about 5,700 bytes, and in the first task."""
+    log = tmp_path / "log"
+    for size in range(first, first + 1000, 250):
+        with _Cluster(1, retries=0) as cluster:
+            cluster.link.cut_after(size)
+            assert cluster.executor.submit(_note, str(log), size).result(PATIENCE) == size * size
+            assert cluster.lost == (0, 0, 0), f"cut after {size} bytes"
+    assert set(_runs(log).values()) == {1}
+
+
 def test_many_cuts_under_load(tmp_path: Path) -> None:
     """Cut in the middle of messages, time and again: each task runs once."""
     log = tmp_path / "log"

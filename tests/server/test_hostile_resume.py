@@ -74,6 +74,41 @@ def _refused(stranger: Peer, mac: bytes, **more: Any) -> grpc.StatusCode:
     return caught.value.code()  # type: ignore[no-any-return, attr-defined]
 
 
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_worker_whose_welcome_was_lost_is_welcomed_again(is_noticed: bool) -> None:
+    """It has no token to resume with. Another process with its identity is still refused."""
+    launcher = ManualLauncher(needs_network=True)
+    executor = BatchExecutor(1, launcher=launcher, retries=0)
+    future = executor.submit(double, 4)
+    contact = launcher.wait(1)[0].contact
+    peers: list[Peer] = []
+
+    def enrol(process: bytes) -> Any:
+        peers.append(Peer(contact.target, channel(contact)))
+        return peers[-1].enrol(contact.executor_id, "1", contact.key, process=process)
+
+    def assert_refused(process: bytes) -> None:
+        assert "connected already" in enrol(process).refusal.reason
+
+    welcome = enrol(b"one").welcome
+    (lease,) = next(peers[0].answers).tasks.leases
+    if is_noticed:
+        peers[0].close()
+        wait_until(lambda: executor.stats().workers.cut)
+    assert_refused(b"another")
+    assert_refused(b"")
+    assert enrol(b"one").welcome == welcome
+    again = peers[-1]
+    assert list(next(again.answers).tasks.leases) == [lease]
+    assert_refused(b"another")
+    again.send(number=1, results=result_of(lease, value=8))
+    assert future.result(20) == 8
+    assert_refused(b"one")  # it has the token, as it could not have sent a result without it
+    stats = executor.stats()
+    assert (stats.lost_attempts, stats.workers.lost) == (0, 0)
+    end_by_hand(executor, launcher, *peers)
+
+
 @pytest.mark.parametrize("known", ["key", "token", "neither", "server's proof", "another proof"])
 def test_neither_key_nor_token_alone_goes_on_with_a_session(scene: _Scene, known: str) -> None:
     """Nor a proof that the server gave, nor one that was recorded."""

@@ -138,6 +138,10 @@ class Enrolment:
             mismatch = f"a worker cannot have {hello.slots} slots"
         self._compare(hello.packages)
         service.workers.returning(hello.identity, hello.attempt)
+        session = service.workers.unheard(hello.identity, hello.process)
+        if session is not None:
+            await context.write(pb.ServerMessage(welcome=session.welcome))
+            return session  # type: ignore[no-any-return]
         unwanted = service.workers.admit(hello.identity)
         refusal = unwanted or mismatch
         if refusal is not None:
@@ -195,6 +199,7 @@ class Enrolment:
         if setup.initializer_needs is not None:
             session.told.introduce_first(welcome, setup.initializer_needs)
             welcome.initializer_needs = setup.initializer_needs.number
+        session.process, session.welcome = hello.process, welcome if resumable else None
         await context.write(pb.ServerMessage(welcome=welcome))
         # The write above may have taken time, so check once more.
         if service.workers.admit(hello.identity) is not None:

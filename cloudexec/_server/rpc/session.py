@@ -75,6 +75,10 @@ class WorkerSession:
         self.identity = identity
         self.resumable = resumable
         self.is_cut = False  # whether it has no connection at present, after it had one
+        # How its process has named itself, and what it was welcomed with, until it is known that
+        # the welcome has arrived: if the connection is cut before, the process asks for it again.
+        self.process = b""
+        self.welcome: pb.Welcome | None = None
         self.taken_over = False  # whether the worker has yet to say which tasks it holds
         self.stream: Stream[pb.ServerMessage] = Stream()
         self.pid = pid
@@ -396,6 +400,7 @@ class WorkerSession:
             ValueError: If its number or its acknowledgement is impossible.
         """
         stream = self.stream
+        self.welcome = None
         if not self.resumable:
             return True
         is_news = stream.take(message)
