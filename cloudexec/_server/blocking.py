@@ -52,13 +52,16 @@ class BlockingThreads(ThreadPoolExecutor):
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
-            future, work = call
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = work()
-            except BaseException as exc:
-                future.set_exception(exc)
-            else:
-                future.set_result(result)
-            del call, future, work
+            _carry_out(*call)
+            del call  # while the thread waits for the next one, it must keep nothing alive
+
+
+def _carry_out(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as exc:
+        future.set_exception(exc)
+    else:
+        future.set_result(result)
