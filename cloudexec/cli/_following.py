@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import sys
 import threading
@@ -77,7 +78,10 @@ class Follower:
         self._report = report
         self._log = log
         self._folder = folder
-        self._interrupted = threading.Event()
+        self._interrupted = False
+        # A signal handler may put into such a queue. Into an event it may not: it waits for ever
+        # for the event's lock if it interrupts the code that holds it.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._phase = ""
         self._attempts = 0
         self._looks = 0
@@ -98,7 +102,7 @@ class Follower:
                     if log is not None:
                         _write(log, line)
                 sys.stdout.flush()
-                if self._interrupted.is_set() and (code := self._ask()) is not None:
+                if self._interrupted and (code := self._ask()) is not None:
                     return code
         return self._finish()
 
@@ -122,7 +126,10 @@ class Follower:
         return patiently(self._client, ask, time.sleep, self._say_that_it_waits)
 
     def _pause(self, seconds: float) -> None:
-        if self._interrupted.wait(seconds) and not self._phase:
+        if not self._interrupted:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=seconds)
+        if self._interrupted and not self._phase:
             raise KeyboardInterrupt  # the run has no machine yet, so there is nothing to ask
 
     # Ctrl-C.
@@ -135,9 +142,10 @@ class Follower:
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self._interrupted.is_set():
+            if self._interrupted:
                 raise KeyboardInterrupt
-            self._interrupted.set()
+            self._interrupted = True
+            self._wake.put(None)
 
         before = signal.signal(signal.SIGINT, note)
         try:
@@ -153,7 +161,7 @@ class Follower:
         click.echo(err=True)
         question = "Stop the run (s), leave it running (l), or go on watching it (Enter)?"
         answer = click.prompt(question, default="", show_default=False, err=True)
-        self._interrupted.clear()
+        self._interrupted = False
         match answer.strip().lower()[:1]:
             case "s":
                 return self._stop()
