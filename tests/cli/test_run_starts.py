@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_is_not_taken_for_the_earlier_one(
     started, stopped = aws.jobs()[-1].started_at, aws.jobs()[-1].stopped_at
     assert started is not None
     assert stopped is not None
-    assert info.run_seconds == pytest.approx(stopped - started, abs=0.01)
+    assert info.run_seconds == pytest.approx(stopped - started, abs=0.3)
 
 
 def _prepared(name: str, **values: object) -> None:
