@@ -117,6 +117,8 @@ def make_request(
             raise ConfigError(
                 f"env must have names and values that are strings, not {key!r}: {value!r}"
             )
+    if image == "":
+        raise ConfigError("image must be the name of an image, not ''")
     check_positive("cpus", cpus)
     check_positive("max_hours", max_hours)
     check_count("gpus", gpus, least=0)

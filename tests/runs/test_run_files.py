@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cloudexec
 from cloudexec import ConfigError, PayloadTooLargeError
 from cloudexec._runs import files
 from cloudexec._runs.files import collect, packed, unpack
@@ -203,6 +204,7 @@ def test_what_is_no_list_of_strings_is_refused() -> None:
         ({"args": "--steps 3"}, "not '--steps 3': write ['--steps 3']"),
         ({"outputs": "results"}, "outputs must be a list of strings, not 'results'"),
         ({"files": Path("a.csv")}, "write ['a.csv']"),
+        ({"image": ""}, "image must be the name of an image, not ''"),
         ({"env": {"N": 1}}, "env must have names and values that are strings, not 'N': 1"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -210,6 +212,11 @@ def test_what_is_no_list_of_strings_is_refused() -> None:
         assert text in str(caught.value)
     request = make_request("a.py", outputs=[Path("results")])
     assert request.outputs == ("results",)
+
+
+def test_what_is_neither_a_program_nor_nodes_for_an_executor_is_refused() -> None:
+    with pytest.raises(TypeError, match="the path of a program, or nodes and an executor: 3"):
+        cloudexec.run(3)  # type: ignore[call-overload]
 
 
 def _ended(**values: object) -> MachineState:
