@@ -69,6 +69,8 @@ def run(*given: Any, **options: Any) -> Any:
         from cloudexec._runs.run import run_script
 
         return run_script(*given, **options)
+    if len(given) < 2 and not has_executor:
+        raise TypeError(f"run() takes the path of a program, or nodes and an executor: {target!r}")
     from cloudexec._graph import run_nodes
 
     return run_nodes(*given, **options)

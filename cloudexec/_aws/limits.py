@@ -115,7 +115,7 @@ def parse_memory(memory: str | int) -> int:
     if mib <= 0:
         raise ConfigError(f"memory must be more than 0, not {memory!r}")
     if mib > _MOST_MIB:
-        raise ConfigError(f"memory must be {_MOST_MIB} MiB or less: no worker has more")
+        raise ConfigError(f"memory must be 32 TiB or less, not {memory!r}: no worker has more")
     return mib
 
 

@@ -90,6 +90,10 @@ class Fallback(Launcher):
         names: list[str] = []
         if isinstance(launchers, Mapping):
             names, launchers = list(launchers), list(launchers.values())
+        if not isinstance(launchers, Iterable):
+            raise TypeError(
+                f"launchers must be a list, such as [Batch(spot=True), Batch()], not {launchers!r}"
+            )
         launchers = tuple(launchers)
         for each in launchers:
             if isinstance(each, type) or not hasattr(each, "slots_per_worker"):

@@ -440,7 +440,9 @@ class RunBucket:
 
     async def _fetch_one(self, folder: Path, output: OutputFile) -> None:
         target = folder / output.path
-        draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+        # The file's own name may be as long as names can be, so it is no part of the draft's.
+        key = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+        draft = target.with_name(f".cloudexec-{key}.{os.getpid()}.part")
         # The next attempt of the run has to read and replace it.
         mode = (output.mode | 0o600) & 0o777 if output.mode else None
         if target.is_file() and target.stat().st_size == output.size:

@@ -267,6 +267,13 @@ class _Machine:
             finally:
                 self._has_ended.set()
             await keeping  # what it is sending need not be sent again
+            if links := await asyncio.to_thread(outputs.links):
+                named = ", ".join(map(ascii, links[:_NAMED]))
+                more = len(links) - _NAMED
+                _say(
+                    "symbolic links to folders, and to what is not there, do not come back: "
+                    + (f"{named} and {more:,} more" if more > 0 else named)
+                )
             if lost := await self._keep(outputs):
                 _say(f"files that the program has written did not come back: {lost}")
                 self._reason = self._reason or f"files did not come back: {lost}"

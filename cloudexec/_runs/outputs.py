@@ -121,6 +121,16 @@ class Outputs:
             await self._list()
         return failed
 
+    def links(self) -> list[str]:
+        """Return symbolic links that do not come back: those to folders, and to nothing."""
+        found = []
+        for each in self._wanted:
+            for directory, folders, names in os.walk(self._folder / each):
+                for path in (Path(directory) / name for name in folders + names):
+                    if path.is_symlink() and not path.is_file():
+                        found.append(path.relative_to(self._folder).as_posix())
+        return sorted({*found})
+
     def _is_old(self, path: str) -> bool:
         kept = self._kept.get(path)
         return kept is not None and time.time() - kept.sent_at >= self._renew_every

@@ -113,7 +113,8 @@ class RunPlan:
         values = _values(cls, data, "run.json")
         try:
             for name in ("args", "python_path", "outputs", "output_folders", "variables"):
-                values[name] = tuple(values.get(name, ()))
+                # A number among them must not hide all runs from whoever lists them.
+                values[name] = tuple(map(str, values.get(name, ())))
             plan = cls(**values)
         except TypeError as exc:
             raise ConfigError(f"the bucket's run.json of a run cannot be read: {exc}") from exc

@@ -96,8 +96,8 @@ def make_request(
     on: str = "batch",
     name: str = "",
     resume: bool = False,
-    files: Sequence[str] = (),
-    outputs: Sequence[str] = (),
+    files: Sequence[str | os.PathLike[str]] = (),
+    outputs: Sequence[str | os.PathLike[str]] = (),
     env: Mapping[str, str] | None = None,
     image: str | None = None,
     packages: str | Path | Packages | None = None,
@@ -111,6 +111,14 @@ def make_request(
         ConfigError: If one of them is out of its range.
     """
     target = os.fspath(target)
+    args = _texts("args", args)
+    for key, value in (env or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(
+                f"env must have names and values that are strings, not {key!r}: {value!r}"
+            )
+    if image == "":
+        raise ConfigError("image must be the name of an image, not ''")
     check_positive("cpus", cpus)
     check_positive("max_hours", max_hours)
     check_count("gpus", gpus, least=0)
@@ -134,7 +142,7 @@ def make_request(
     return RunRequest(
         kind=kind,
         target=target,
-        args=tuple(args),
+        args=args,
         machine=MachineRequest(
             cpus=cpus,
             memory_mib=None if memory is None else parse_memory(memory),
@@ -146,8 +154,8 @@ def make_request(
         on=on,
         name=name,
         resumes=resume,
-        files=tuple(files),
-        outputs=tuple(outputs),
+        files=_texts("files", files),
+        outputs=_texts("outputs", outputs),
         variables=variables,
         image=image,
         packages=packages,
@@ -155,6 +163,21 @@ def make_request(
         max_cost_usd=max_cost,
         project=project,
     )
+
+
+def _texts(name: str, given: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Return a list of words or paths: what is no string would be in the bucket's record."""
+    if isinstance(given, str | bytes | os.PathLike):
+        raise ConfigError(
+            f"{name} must be a list of strings, not {given!r}: write [{os.fspath(given)!r}]"
+        )
+    found = []
+    for each in given:
+        text = os.fspath(each) if isinstance(each, os.PathLike) else each
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} must be a list of strings, and {each!r} is none")
+        found.append(text)
+    return tuple(found)
 
 
 def _check_notebook(kind: str, image: str | None, packages: Packages | None) -> None:

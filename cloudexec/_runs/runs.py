@@ -161,6 +161,9 @@ class AsyncRuns:
         name = check_name(request.name) if request.name else new_name(title)
         seconds = _limit(request, machine.price.per_hour)
         files = await asyncio.to_thread(collect, request.kind, request.target, request.files)
+        folders = check_output_folders(request.outputs, files.files)
+        if request.resumes and not outputs:
+            outputs, folders = await self._earlier_outputs(name)
         _report_plan(report, name, request, seconds, machine)
         image = await find_image(
             self._clients,
@@ -183,7 +186,7 @@ class AsyncRuns:
             args=request.args,
             python_path=tuple(files.python_path),
             outputs=outputs,
-            output_folders=check_output_folders(request.outputs, files.files),
+            output_folders=folders,
             variables=tuple(sorted(values)),
             on=request.on,
             vcpus=machine.size.vcpus,
@@ -342,6 +345,14 @@ class AsyncRuns:
             if machine.phase != "ended":
                 return replace(found, machine=machine)
         return await self.find(found.plan.name)
+
+    async def _earlier_outputs(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the outputs of an earlier run, and which are folders: its files are there."""
+        try:
+            earlier = await self.bucket(name).plan()
+        except ConfigError:
+            return (), ()  # there is none
+        return earlier.outputs, earlier.output_folders
 
     async def all(self, limit: int | None = None) -> list[Found]:
         """Return all runs that the bucket knows, the newest first."""

@@ -193,6 +193,7 @@ def test_templates_are_found_again_and_made_again_if_they_are_gone(still: Any, e
         ({"instance_types": ["m7i.large", "c7i.xlarge"]}, "m7i.large", ""),
         ({"vcpus": 1, "arch": "arm64"}, "c7g.medium", ""),
         ({"vcpus": 4, "gpus": 1}, "g4dn.xlarge", "--gpus all"),
+        ({"instance_types": ["g5.xlarge"], "gpus": 1}, "g5.xlarge", "--gpus all"),
     ],
 )
 def test_instances_are_what_is_asked_for(
@@ -247,6 +248,8 @@ def test_wrong_settings_are_refused(settings: Any, said: str) -> None:
     [
         ({"instance_types": ["c99.large"]}, r"no instances of type c99.large in us-east-1"),
         ({"instance_types": ["c7a.medium"]}, r"type c7a.medium have less than 2 vCPU"),
+        ({"instance_types": ["c6i.large"], "gpus": 1}, r"type c6i.large have less than .* 1 GPU"),
+        ({"instance_types": ["g5.xlarge"], "gpus": 2}, r"type g5.xlarge have less than .* 2 GPUs"),
     ],
 )
 def test_what_cannot_run_is_refused_at_the_start(ec2: Make, settings: Any, said: str) -> None:

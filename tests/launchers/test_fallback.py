@@ -586,6 +586,8 @@ def test_the_end_is_that_of_all_launchers_though_one_cannot_be_closed() -> None:
     ("settings", "error", "words"),
     [
         ({"launchers": []}, ConfigError, "at least one"),
+        ({"launchers": Local()}, TypeError, "must be a list, such as .*, not Local"),
+        ({"launchers": None}, TypeError, "must be a list, such as .*, not None"),
         ({"launchers": [Local]}, TypeError, "objects like Local"),
         ({"launchers": ["local"]}, TypeError, "not 'local'"),
         ({"launchers": [Fallback([Local()])]}, ConfigError, "must not have a Fallback"),

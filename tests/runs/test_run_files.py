@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import cloudexec
 from cloudexec import ConfigError, PayloadTooLargeError
 from cloudexec._runs import files
 from cloudexec._runs.files import collect, packed, unpack
 from cloudexec._runs.ignoring import files_in
 from cloudexec._runs.places import MachineState
 from cloudexec._runs.plan import RunPlan, RunResult, check_name, new_name
+from cloudexec._runs.run import make_request
 from cloudexec._runs.runs import Found, Position
 
 
@@ -187,6 +189,34 @@ def test_plans_of_other_releases_are_read_as_far_as_possible() -> None:
         RunResult.from_json(b"<html>")
     with pytest.raises(ConfigError, match=r"the bucket's run\.json of a run cannot be read"):
         RunPlan.from_json(b'{"title": "of a later format"}')
+
+
+def test_a_plan_with_a_number_among_its_arguments_can_be_listed() -> None:
+    """Whoever lists runs reads the plans of all people that share the profile."""
+    plan = RunPlan(name="a", kind="script", target="a.py", args=("1",))
+    assert RunPlan.from_json(plan.to_json().replace(b'"1"', b"1")) == plan
+
+
+def test_what_is_no_list_of_strings_is_refused() -> None:
+    """A string is a list of its characters: folders of these names would be made."""
+    for options, text in (
+        ({"args": [1]}, "args must be a list of strings, and 1 is none"),
+        ({"args": "--steps 3"}, "not '--steps 3': write ['--steps 3']"),
+        ({"outputs": "results"}, "outputs must be a list of strings, not 'results'"),
+        ({"files": Path("a.csv")}, "write ['a.csv']"),
+        ({"image": ""}, "image must be the name of an image, not ''"),
+        ({"env": {"N": 1}}, "env must have names and values that are strings, not 'N': 1"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make_request("a.py", **options)  # type: ignore[arg-type]
+        assert text in str(caught.value)
+    request = make_request("a.py", outputs=[Path("results")])
+    assert request.outputs == ("results",)
+
+
+def test_what_is_neither_a_program_nor_nodes_for_an_executor_is_refused() -> None:
+    with pytest.raises(TypeError, match="the path of a program, or nodes and an executor: 3"):
+        cloudexec.run(3)  # type: ignore[call-overload]
 
 
 def _ended(**values: object) -> MachineState:

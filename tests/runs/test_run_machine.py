@@ -135,6 +135,26 @@ def test_a_file_that_does_not_come_back_is_no_success(
     assert [each["path"] for each in read("odd-name", "outputs.json")] == ["out/a"]  # type: ignore[attr-defined]
 
 
+def test_links_that_do_not_come_back_are_named(
+    aws: FakeAWS, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A program that looks for its latest checkpoint in such a link would begin anew on Spot."""
+    code = (
+        "import os\n"
+        "os.mkdir('out/step-1')\n"
+        "open('out/step-1/a', 'w').close()\n"
+        "for name, to in ('latest', 'step-1'), ('gone', 'step-0'), ('best', 'step-1/a'):\n"
+        "    os.symlink(to, f'out/{name}')\n"
+    )
+    assert machine_here(plan_of("links", code, "out")) == 0
+    assert (
+        "cloudexec: symbolic links to folders, and to what is not there, do not come back: "
+        "'out/gone', 'out/latest'\n"
+    ) in capfd.readouterr().out
+    found = read("links", "outputs.json")
+    assert [each["path"] for each in found] == ["out/best", "out/step-1/a"]  # type: ignore[attr-defined]
+
+
 def test_the_exit_code_stays_though_the_result_cannot_be_written(
     aws: FakeAWS, tmp_path: Path
 ) -> None:

@@ -248,6 +248,16 @@ def test_names_that_are_not_utf_8_are_named_and_the_other_files_come_back(
     in_bucket("odd-names", work)
 
 
+def test_names_as_long_as_names_can_be_come_back(aws: FakeAWS, tmp_path: Path) -> None:
+    async def work(bucket: RunBucket) -> None:
+        write(tmp_path, {"out/" + "n" * 255: "x"})
+        assert not await Outputs(bucket, tmp_path, ["out"]).keep(is_last=True)
+        await bucket.fetch(tmp_path / "back", ["out"])
+        assert (tmp_path / "back" / "out" / ("n" * 255)).read_text() == "x"
+
+    in_bucket("long-names", work)
+
+
 def test_permissions_come_back(aws: FakeAWS, tmp_path: Path) -> None:
     """Also those that the program has changed after the file was sent."""
 

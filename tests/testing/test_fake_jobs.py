@@ -156,6 +156,18 @@ def test_output_goes_to_the_group_of_the_definition(account: Account) -> None:
     assert found["events"][0]["message"] == "hello"
 
 
+def test_a_line_that_is_too_long_for_an_event_becomes_several(account: Account) -> None:
+    line = """python3 -c 'print("x" + "ä" * 150_000)'"""
+    job_id = account.submit(line)
+    account.ended(job_id)
+    stream = account.detail(job_id)["container"]["logStreamName"]
+    events = account.logs.get_log_events(
+        logGroupName="/aws/batch/job", logStreamName=stream, startFromHead=True
+    )["events"]
+    assert len(events) == 2
+    assert "".join(event["message"] for event in events) == "x" + "ä" * 150_000
+
+
 def test_job_with_a_missing_log_group_does_not_start(account: Account) -> None:
     job_id = account.submit(
         jobDefinition=account.define(

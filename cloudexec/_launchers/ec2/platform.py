@@ -172,11 +172,12 @@ class Ec2Platform(DefinedPlatform):
                 for each in answer["InstanceTypes"]
                 if each["VCpuInfo"]["DefaultVCpus"] >= size.vcpus
                 and each["MemoryInfo"]["SizeInMiB"] >= size.memory_mib
+                and _gpus(each) >= size.gpus
             ]
             if missing := sorted(set(types) - set(fitting)):
                 raise ConfigError(
                     f"instances of type {', '.join(missing)} have less than {size}: name larger "
-                    f"types, or ask for less (vcpus=, memory=)"
+                    f"types, or ask for less (vcpus=, memory=, gpus=)"
                 )
 
     async def close(self) -> None:
@@ -504,3 +505,16 @@ class Ec2Platform(DefinedPlatform):
     async def _end(self, instances: Iterable[str]) -> None:
         async with self._gate:
             await end_instances(self._clients, instances)
+
+
+def _gpus(kind: Mapping[str, Any]) -> int:
+    """Return how many GPUs a type has that the system with drivers can use.
+
+    References:
+        Amazon EC2 API Reference, "GpuDeviceInfo": a type with parts of a GPU has a logical count.
+    """
+    return sum(
+        max(each.get("Count", 0), each.get("LogicalGpuCount", 0))
+        for each in kind.get("GpuInfo", {}).get("Gpus", ())
+        if each.get("Manufacturer", "").upper() == "NVIDIA"
+    )

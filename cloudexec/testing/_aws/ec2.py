@@ -267,6 +267,9 @@ class Ec2:
                 "InstanceType": each.name,
                 "VCpuInfo": {"DefaultVCpus": each.vcpus},
                 "MemoryInfo": {"SizeInMiB": each.memory_mib},
+                "GpuInfo": {"Gpus": [{"Manufacturer": "NVIDIA", "Count": each.gpus}]}
+                if each.gpus
+                else None,
                 "ProcessorInfo": {"SupportedArchitectures": [each.arch]},
             }
             for each in (TYPES[name] for name in names)

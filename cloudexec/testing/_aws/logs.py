@@ -79,9 +79,19 @@ class LogWriter:
                 self._add(key, line)
 
     def _add(self, key: tuple[str, str, str], line: bytes) -> None:
-        text = line.rstrip(b"\r")[:LINE_MAX].decode("utf-8", "replace")
-        # CloudWatch refuses empty messages, so the awslogs driver sends a blank.
-        self._events[key].append({"timestamp": int(time.time() * 1000), "message": text or " "})
+        now = int(time.time() * 1000)
+        line = line.rstrip(b"\r") or b" "
+        # CloudWatch refuses empty messages, so the awslogs driver sends a blank. A line that is too
+        # long for an event becomes several: processEvent() in moby, daemon/logger/awslogs.
+        while line:
+            end = len(line)
+            if end > LINE_MAX:
+                end = LINE_MAX
+                while end > LINE_MAX - 4 and line[end] & 0xC0 == 0x80:
+                    end -= 1  # a character is not divided
+            text = line[:end].decode("utf-8", "replace")
+            self._events[key].append({"timestamp": now, "message": text})
+            line = line[end:]
 
     def _run(self) -> None:
         while not self._closed.wait(INTERVAL):
