@@ -98,7 +98,9 @@ class RunRequest:
         if self.resumes and not self.name:
             raise ConfigError("resume needs the name of the run that is to go on")
         if self.image is not None and self.packages is not None:
-            raise ConfigError("give either image or packages: they make an image of their own")
+            raise ConfigError(
+                "give either image or packages: from packages, an image of its own is made"
+            )
         for name, value in self.variables.items():
             if not name or "=" in name or "\0" in name + value:
                 raise ConfigError(f"{name!r} cannot be an environment variable")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _STATES = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING", "SUCCEEDED", "FAILED")
 
 
-@click.command("jobs", short_help="Show jobs in AWS Batch, and how they ended.")
+@click.command("jobs", short_help="Show the jobs of workers, and how they ended.")
 @click.option(
     "-s",
     "--state",
@@ -50,9 +50,11 @@ def jobs_command(
     region: str | None,
     as_json: bool,
 ) -> None:
-    """Show jobs in AWS Batch, the newest first. Batch remembers them for 7 days or more.
+    """Show the jobs of workers, the newest first.
 
-    A job is one worker, or an array of many. AGE counts from when it was submitted, and WORKER TIME
+    A job is one worker, or an array of many. AWS Batch remembers its jobs for 7 days or more.
+    Tasks of Amazon ECS and instances of Amazon EC2 are listed for about an hour after their end,
+    and workers on AWS Lambda for a day. AGE counts from when it was submitted, and WORKER TIME
     adds up how long each of its workers has run. A worker that was told to end, because its
     executor did not need it any more, has `ended`: AWS Batch itself calls it failed.
 

@@ -15,7 +15,7 @@ from cloudexec.cli._aws_options import aws_options, echo_json, ends_well
 @aws_options
 @ends_well
 def ps_command(is_all: bool, profile: str | None, region: str | None, as_json: bool) -> None:
-    """Show executors that have jobs in AWS Batch, no matter who started them, and on which machine.
+    """Show executors that have workers in the cloud, whoever started them, and on which machine.
 
     COST is what their workers and relays have cost so far, by list prices; "~" marks an estimate.
     EXPIRES is the time after which the last of them has reached its time limit.

@@ -157,6 +157,8 @@ def test_workers_need_no_dev_shm_and_write_to_tmp_alone(aws: Any, function: Make
         ({"max_runtime": 5}, "30 to 900 s"),
         ({"arch": "sparc"}, "arch must be"),
         ({"vpc": "yes"}, "vpc must be"),
+        ({"vpc": False, "subnets": ["subnet-1"]}, "vpc=False.*no use for subnet-1"),
+        ({"vpc": False, "security_groups": ["sg-1"]}, "vpc=False.*no use for sg-1"),
         ({"subnets": ["a", ""]}, "subnets must be ids"),
         ({"reserved_concurrency": 0}, "reserved_concurrency"),
         ({"role": " "}, "role must be a string"),

@@ -113,6 +113,11 @@ class Lambda(AwsLauncher):
             raise ConfigError(f"package='zip' has no image, and image={image!r} names one")
         self.subnets = ids_of("subnets", subnets)
         self.security_groups = ids_of("security_groups", security_groups)
+        if vpc is False and (named := self.subnets or self.security_groups):
+            raise ConfigError(
+                f"with vpc=False, workers are in no VPC and have no use for {', '.join(named)}: "
+                f"leave out vpc, or the subnets and security groups"
+            )
         if reserved_concurrency is not None:
             check_count("reserved_concurrency", reserved_concurrency, least=1)
         ladder = _ladder(memory)
