@@ -33,6 +33,7 @@ from cloudexec._aws.steps import counted
 from cloudexec._aws.task_search import TaskSearch
 from cloudexec._aws.template import TEMPLATE_VERSION
 from cloudexec._errors import AwsError, ConfigError
+from cloudexec._relay.process import check_relay
 
 __all__ = ["Check", "Outcome", "Report", "examine", "prevents_probe"]
 
@@ -595,6 +596,11 @@ async def _address(examination: _Examination) -> Check:
     relay = named or profile.relay
     source = "CLOUDEXEC_RELAY" if named else f"the profile {profile.name!r}"
     if relay.lower() not in ("", AUTO, "true", "false"):
+        try:
+            check_relay(relay)
+        except ConfigError as exc:
+            found = f"no executor can start: {exc}, which {source} has"
+            return Check(name=name, outcome="failed", found=found, remedy=f"correct {source}")
         how = f"workers connect through the relay {relay}: from {source}"
         return Check(name=name, outcome="ok", found=how)
     price = relay_price(PriceTable.load(profile.region), "x86_64", profile.region)

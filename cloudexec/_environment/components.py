@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from cloudexec._environment.elf import needed_libraries
 from cloudexec._environment.inventory import SITES, Distribution, source_files
 from cloudexec._environment.target import ENVIRONMENT_ROOT, Target
+from cloudexec._errors import ConfigError
 
 __all__ = [
     "LOOSE",
@@ -48,6 +49,7 @@ driver is added."""
 _BESIDE = ("bin", "etc", "include", "man", "share")
 """What uv and pip lay beside the packages where they install into a directory."""
 _SCRIPT_BYTES = 65_536
+_CAN_ASK = os.access in os.supports_effective_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,11 @@ def of_distribution(found: Distribution, target: Target, *, is_own: bool = False
 
 
 def _of_file(path: str, source: Path) -> Entry:
+    if not os.access(source, os.R_OK, effective_ids=_CAN_ASK):
+        raise ConfigError(
+            f"{source} is to be copied to the workers, and you may not read it: change its "
+            f"permissions, or leave out what it belongs to (exclude=)"
+        )
     return Entry(path, source, bool(source.stat().st_mode & stat.S_IXUSR))
 
 

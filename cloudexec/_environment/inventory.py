@@ -44,6 +44,21 @@ _NOBODYS = re.compile(
 """What lies in site-packages, belongs to no distribution, and is of no use elsewhere."""
 
 
+class _Metadata(importlib.metadata.PathDistribution):
+    """Metadata of which some bytes may not be UTF-8, such as an author's name of an old package."""
+
+    def __init__(self, info: Path) -> None:
+        super().__init__(info)
+        self._info = info
+
+    def read_text(self, filename: str | os.PathLike[str]) -> str | None:
+        """Return a file of it; ``None``: there is none that can be read."""
+        try:
+            return (self._info / filename).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
     """One installed distribution."""
@@ -67,7 +82,7 @@ class Distribution:
     @property
     def requires(self) -> list[str]:
         """Its requirements, as its metadata has them."""
-        return importlib.metadata.Distribution.at(self.info).requires or []
+        return _Metadata(self.info).requires or []
 
     @property
     def tags(self) -> frozenset[str]:
@@ -278,7 +293,7 @@ def _read(info: Path, *, is_site: bool) -> Distribution | None:
     place = info.parent
     name, _, version = info.name.removesuffix(".dist-info").rpartition("-")
     if info.suffix == ".egg-info":
-        metadata = importlib.metadata.Distribution.at(info).metadata
+        metadata = _Metadata(info).metadata
         name, version = metadata["Name"] or "", metadata["Version"] or ""
     if not name or not version or name.startswith("~"):
         return None  # what an interrupted installation leaves behind

@@ -73,9 +73,9 @@ def _lines_of(file: Path, seen: set[Path]) -> Iterator[str]:
             yield plain
             continue
         option, place = included[1], file.parent / included[2]
-        if "://" in included[2] or not place.exists():
+        if "://" in included[2] or "${" in included[2]:
             yield plain
-        elif option in ("-r", "--requirement"):
+        elif option in ("-r", "--requirement") and place.exists():
             yield from _lines_of(place, seen)
         else:
             yield f"{option} {place.absolute()}"
@@ -122,7 +122,8 @@ def local_of(line: str, folder: Path) -> Local | None:
     if not text or text.startswith("-"):
         return None
     text = re.split(r"\s+--", text)[0]
-    text, separator, marker = text.partition(" ;")
+    # In an address, a semicolon begins a marker only if there is a space before it.
+    text, separator, marker = text.partition(" ;" if "://" in text or " @ " in text else ";")
     found = _NAMED.fullmatch(text.strip())
     extras, place = (found[1], found[2]) if found else ("", text.strip().strip("\"'"))
     if not found and (parts := _PATH.fullmatch(place)):
@@ -141,7 +142,9 @@ def local_of(line: str, folder: Path) -> Local | None:
     is_path = os.sep in place or place.startswith(".")
     if editable is None and not (is_path and path.exists()):
         return None
-    return Local(Path(os.path.normpath(path)), extras or "", f"{separator}{marker}")
+    return Local(
+        Path(os.path.normpath(path)), extras or "", f" {separator.strip()}{marker}".rstrip()
+    )
 
 
 def masked(text: str) -> str:

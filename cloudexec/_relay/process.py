@@ -358,7 +358,8 @@ def _parts_of(url: str) -> tuple[str | None, str, int | None]:
 
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    is_port = port.isdecimal() and 0 < int(port) < 65536
+    if not host or not is_port or any(each in host for each in "/@"):
         raise ConfigError(
             f"relay must be True, False, 'auto', 'host:port' or 'ssh://user@host', not {address!r}"
         )

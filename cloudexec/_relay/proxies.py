@@ -13,10 +13,12 @@ from cloudexec._relay.joining import dial
 __all__ = ["ProxyError", "connect", "proxy_for"]
 
 _LONGEST_HEAD = 64 * 1024
+_SOCKS_PORT = 1080
+"""Where a SOCKS proxy listens if its URL names no port. RFC 1928, section 3."""
 
 
 class ProxyError(OSError):
-    """A proxy refuses a connection; the message names the proxy and the reason."""
+    """A proxy refuses a connection, or cannot be used; the message says why, without a password."""
 
 
 def proxy_for(host: str) -> str:
@@ -44,26 +46,52 @@ async def connect(host: str, port: int, proxy: str = "") -> socket.socket:
         A connected socket that does not block.
 
     Raises:
-        ProxyError: If the proxy refuses, or is of an unknown kind.
+        ProxyError: If the proxy refuses, cannot be reached, or is of an unknown kind, or if its URL
+            cannot be read.
         OSError: If the connection cannot be opened.
     """
     if not proxy:
         return await dial(host, port)
-    url = urllib.parse.urlsplit(proxy)
+    url = _parts_of(proxy)
     if url.scheme.startswith("socks"):
+        if url.port is None:
+            proxy = url._replace(netloc=f"{url.netloc.rstrip(':')}:{_SOCKS_PORT}").geturl()
         return await _over_socks(proxy, host, port)
     if url.scheme != "http" or not url.hostname:
         raise ProxyError(
             f"the proxy {_shown(proxy)} is of an unknown kind: http://host:port and "
             f"socks5://host:port are known"
         )
-    connection = await dial(url.hostname, url.port or 80)
+    try:
+        connection = await dial(url.hostname, url.port or 80)
+    except OSError as exc:
+        raise ProxyError(f"the proxy {_shown(proxy)} cannot be reached: {exc}") from exc
     try:
         await _ask(connection, proxy, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _parts_of(proxy: str) -> urllib.parse.SplitResult:
+    """Return the parts of a proxy's URL.
+
+    Raises:
+        ProxyError: If it has none. The URL is not in the message, as the password may be anywhere.
+    """
+    try:
+        url = urllib.parse.urlsplit(proxy)
+        # "#", "?" and "/" end the part of a URL that a password is in.
+        if url.port != 0 and "@" not in f"{url.path}{url.query}{url.fragment}":
+            return url
+    except ValueError:  # the port is no number, or too large
+        pass
+    raise ProxyError(
+        "HTTPS_PROXY or ALL_PROXY cannot be read: it must be like http://user:password@host:port, "
+        "and in a user name or password, '#' is written as %23, '/' as %2F, '?' as %3F and '@' as "
+        "%40"
+    )
 
 
 async def _ask(connection: socket.socket, proxy: str, target: str) -> None:

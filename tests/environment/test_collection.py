@@ -8,9 +8,11 @@ import hashlib
 import http.server
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ from environment_helpers import (
 from cloudexec import ConfigError
 from cloudexec._environment.cache import Cache
 from cloudexec._environment.collection import Collection
-from cloudexec._environment.components import Component
+from cloudexec._environment.components import Component, of_loose
 from cloudexec._environment.elf import needed_libraries
 from cloudexec._environment.fetching import Installer
 from cloudexec._environment.packages import Packages
@@ -913,7 +915,12 @@ def test_project_that_is_left_out_is_not_built(
 
 
 @pytest.mark.parametrize(
-    "line", ["-e ./libs/member[more]", "./libs/member[more] ; os_name != 'nt'"]
+    "line",
+    [
+        "-e ./libs/member[more]",
+        "./libs/member[more] ; os_name != 'nt'",
+        "-e ./libs/member[more]; os_name != 'nt'",
+    ],
 )
 def test_projects_that_a_requirements_file_names_are_built(
     client: Client, collect: Collecting, tmp_path: Path, of_files: Target, line: str
@@ -943,6 +950,31 @@ def test_projects_that_a_requirements_file_names_are_built(
     (member / "src" / "member" / "__init__.py").write_text("A = 22\n")
     changed = collect(of_files, source=file)["member"]
     assert read(changed, f"{SITE}/member/__init__.py") == b"A = 22\n"
+
+
+def test_file_that_may_not_be_read_is_named() -> None:
+    """Before anything is packed. Root may read everything, so somebody else asks."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        module = Path(name, "secret.py")
+        module.touch(mode=0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(ConfigError, match=rf"{module} is to be .* \(exclude=\)"):
+                of_loose([module], HERE)
+        finally:
+            os.seteuid(user)
+
+
+def test_included_file_that_is_not_there_is_named(collect: Collecting, tmp_path: Path) -> None:
+    """As the user knows it, though a copy of the requirements file is what the installer reads."""
+    make_project(tmp_path / "member", "member", {"src/member/__init__.py": ""})
+    file = tmp_path / "requirements.txt"
+    file.write_text("-e ./member\n-r gone.txt\n")
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "gone.txt"))):
+        collect(HERE, source=file)
 
 
 def test_project_with_libraries_that_a_requirements_file_names(

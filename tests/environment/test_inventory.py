@@ -31,6 +31,19 @@ def test_distributions_are_listed_with_versions_and_files(client: Client) -> Non
     assert found.tags == {"py3-none-any"}
 
 
+def test_metadata_may_have_bytes_that_are_no_text(client: Client) -> None:
+    """Old tools wrote authors' names in the encoding of their machine."""
+    make_wheel(client.wheels, "old", requires=["older"])
+    make_wheel(client.wheels, "older")
+    client.install("old")
+    metadata = client.site / "old-1.0.dist-info" / "METADATA"
+    metadata.write_bytes(metadata.read_bytes() + b"Author: J\xf6rg\n")
+    (client.site / "eldest-3.egg-info").write_bytes(b"Name: eldest\nVersion: 3\nAuthor: J\xf6rg\n")
+    found = client.inventory().distributions
+    assert found["old"].requires == ["older"]
+    assert found["eldest"].version == "3"
+
+
 def test_editable_project_is_known_by_its_source(client: Client, tmp_path: Path) -> None:
     """The directory that its ``.pth`` file adds belongs to it, and is not listed again."""
     source = make_project(tmp_path / "mine", "mine", {"src/mine/__init__.py": ""})

@@ -395,6 +395,16 @@ def test_doctor_says_what_the_variable_means(
     assert Batch().relay == expected
 
 
+def test_doctor_refuses_what_no_executor_takes(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOUDEXEC_RELAY", "nonsense")
+    done = click.testing.CliRunner().invoke(_group, ["doctor", "--dry"], standalone_mode=False)
+    assert done.return_value == 1
+    assert "failed  address: no executor can start: relay must be" in done.output
+    assert "not 'nonsense', which CLOUDEXEC_RELAY has" in done.output
+
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path

@@ -147,7 +147,10 @@ def test_a_host_that_opens_ports_for_itself_alone_is_an_error_that_says_so(sshd:
 
 @pytest.mark.parametrize(
     "url",
-    ["ssh://", "ssh://-oProxyCommand=x", "somewhere", "ssh://a:b@c", "ssh://a:99999", "host:ssh"],
+    [
+        *("ssh://", "ssh://-oProxyCommand=x", "somewhere", "ssh://a:b@c", "ssh://a:99999"),
+        *("host:ssh", "host:0", "host:99999", "https://host:443", "me@host:22"),
+    ],
 )
 def test_what_is_no_relay_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="relay must be"):
