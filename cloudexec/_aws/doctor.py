@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
@@ -34,6 +34,7 @@ from cloudexec._aws.task_search import TaskSearch
 from cloudexec._aws.template import TEMPLATE_VERSION
 from cloudexec._errors import AwsError, ConfigError
 from cloudexec._relay.process import check_relay
+from cloudexec._relay.proxies import ProxyError, named_proxy
 
 __all__ = ["Check", "Outcome", "Report", "examine", "prevents_probe"]
 
@@ -590,6 +591,20 @@ async def _log_group(examination: _Examination) -> Check:
     return Check(name="log group", outcome="failed", found=f"{name} does not exist", remedy=remedy)
 
 
+def _by_proxy(check: Check, relay: str = "192.0.2.1:443") -> Check:
+    """Say through which proxy this side connects to a relay; by default to one with any address."""
+    if relay.startswith("ssh://"):
+        return check  # OpenSSH has settings of its own
+    try:
+        proxy = named_proxy(relay.rpartition(":")[0].strip("[]"))
+    except ProxyError as exc:
+        found = f"{check.found}; but this side cannot connect to it: {exc}"
+        return replace(check, outcome="failed", found=found, remedy="correct that variable")
+    if not proxy:
+        return check
+    return replace(check, found=f"{check.found}; this side connects to it by the proxy {proxy}")
+
+
 async def _address(examination: _Examination) -> Check:
     profile, name = examination.profile, "address"
     named = os.environ.get("CLOUDEXEC_RELAY", "")
@@ -602,7 +617,7 @@ async def _address(examination: _Examination) -> Check:
             found = f"no executor can start: {exc}, which {source} has"
             return Check(name=name, outcome="failed", found=found, remedy=f"correct {source}")
         how = f"workers connect through the relay {relay}: from {source}"
-        return Check(name=name, outcome="ok", found=how)
+        return _by_proxy(Check(name=name, outcome="ok", found=how), relay)
     price = relay_price(PriceTable.load(profile.region), "x86_64", profile.region)
     started = f"a relay that each executor starts, for about ${price.per_hour:.2f} an hour"
     lacking = lacks_for_relay(profile)
@@ -610,7 +625,8 @@ async def _address(examination: _Examination) -> Check:
         found = f"workers connect through {started}: from {source}"
         if lacking:
             found = f"{source} asks for a relay, but none can be started: {lacking}"
-        return Check(name=name, outcome="failed" if lacking else "ok", found=found)
+        check = Check(name=name, outcome="failed" if lacking else "ok", found=found)
+        return check if lacking else _by_proxy(check)
     try:
         address = await advertised_address(
             profile, advertise=examination.advertise, endpoint=examination.clients.endpoint
@@ -619,7 +635,7 @@ async def _address(examination: _Examination) -> Check:
         if relay == AUTO and not lacking:
             why = str(exc).partition(". ")[0]
             found = f"workers connect through {started} (auto, from {source}), as {why}"
-            return Check(name=name, outcome="ok", found=found)
+            return _by_proxy(Check(name=name, outcome="ok", found=found))
         remedy = (
             "set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine, and "
             "CLOUDEXEC_LISTEN if it is forwarded to another port here; or "

@@ -222,7 +222,9 @@ def take_inventory(path: Sequence[str] | None = None) -> Inventory:
                 continue
             distribution = _read(place / name, is_site=place in sites)
             if distribution is not None:
-                found.setdefault(distribution.name, distribution)
+                known = found.get(distribution.name)
+                if known is None or _replaces(distribution.info, known.info):
+                    found[distribution.name] = distribution
                 tops = {each.partition("/")[0] for each in distribution.files or ()}
                 owned.update(place / top for top in tops)
                 if distribution.files is None:
@@ -239,6 +241,13 @@ def take_inventory(path: Sequence[str] | None = None) -> Inventory:
         loose=tuple(loose for site in sites for loose in _loose(site, owned)),
         conda=os.path.basename(sys.prefix) if os.path.isdir(f"{sys.prefix}/conda-meta") else "",
     )
+
+
+def _replaces(info: Path, known: Path) -> bool:
+    """Say whether a version was installed over another one whose metadata was not removed."""
+    if info.parent != known.parent:
+        return False  # the first directory of the path counts, as for imports
+    return info.stat().st_mtime_ns > known.stat().st_mtime_ns
 
 
 def _is_site(place: Path) -> bool:

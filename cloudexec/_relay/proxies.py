@@ -10,7 +10,7 @@ import urllib.request
 
 from cloudexec._relay.joining import dial
 
-__all__ = ["ProxyError", "connect", "proxy_for"]
+__all__ = ["ProxyError", "connect", "named_proxy", "proxy_for"]
 
 _LONGEST_HEAD = 64 * 1024
 _SOCKS_PORT = 1080
@@ -32,6 +32,18 @@ def proxy_for(host: str) -> str:
     if not found or urllib.request.proxy_bypass(host):
         return ""
     return found if "://" in found else f"http://{found}"
+
+
+def named_proxy(host: str) -> str:
+    """Return the URL, without its password, of the proxy for a host; empty if none is needed.
+
+    Raises:
+        ProxyError: If the URL cannot be read.
+    """
+    proxy = proxy_for(host)
+    if proxy:
+        _parts_of(proxy)
+    return _shown(proxy) if proxy else ""
 
 
 async def connect(host: str, port: int, proxy: str = "") -> socket.socket:

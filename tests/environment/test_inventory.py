@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from cloudexec._environment.inventory import (
     source_files,
     take_inventory,
 )
+from cloudexec._versions import installed_versions
 
 
 def test_distributions_are_listed_with_versions_and_files(client: Client) -> None:
@@ -42,6 +46,23 @@ def test_metadata_may_have_bytes_that_are_no_text(client: Client) -> None:
     found = client.inventory().distributions
     assert found["old"].requires == ["older"]
     assert found["eldest"].version == "3"
+
+
+def test_of_two_versions_the_one_that_was_installed_last_counts(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their order is not that of their names. The worker says of itself by the same rule."""
+    make_wheel(client.wheels, "twice", "10.0", {"twice.py": ""})
+    client.install("twice")
+    old = client.site / "twice-9.0.dist-info"
+    shutil.copytree(client.site / "twice-10.0.dist-info", old)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: twice\nVersion: 9.0\n")
+    monkeypatch.setattr(sys, "path", [str(client.site)])
+    for seconds, version in ((-100, "10.0"), (100, "9.0")):
+        at = time.time() + seconds
+        os.utime(old, (at, at))
+        assert client.inventory().distributions["twice"].version == version
+        assert installed_versions.__wrapped__()["twice"] == version
 
 
 def test_editable_project_is_known_by_its_source(client: Client, tmp_path: Path) -> None:

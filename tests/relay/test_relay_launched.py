@@ -405,6 +405,28 @@ def test_doctor_refuses_what_no_executor_takes(
     assert "not 'nonsense', which CLOUDEXEC_RELAY has" in done.output
 
 
+@pytest.mark.parametrize(
+    ("relay", "proxy", "outcome", "said"),
+    [
+        ("203.0.113.5:443", "http://me:secret@p.test:8080", 0, "by the proxy http://p.test:8080"),
+        ("true", "socks5h://p.test", 0, "by the proxy socks5h://p.test"),
+        ("203.0.113.5:443", "http://me:sec#ret@p.test:8080", 1, "HTTPS_PROXY or ALL_PROXY cannot"),
+        ("ssh://me@203.0.113.5", "http://p.test:8080", 0, ": from CLOUDEXEC_RELAY\n"),
+    ],
+)
+def test_doctor_says_by_which_proxy_a_relay_is_reached(
+    aws: FakeAWS, monkeypatch: pytest.MonkeyPatch, relay: str, proxy: str, outcome: int, said: str
+) -> None:
+    monkeypatch.setenv("CLOUDEXEC_RELAY", relay)
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")  # the emulated AWS
+    done = click.testing.CliRunner().invoke(_group, ["doctor", "--dry"], standalone_mode=False)
+    (line,) = [each for each in done.output.splitlines(True) if " address: " in each]
+    assert said in line
+    assert "me:sec" not in done.output
+    assert line.startswith("failed" if outcome else "ok")
+
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
