@@ -63,5 +63,7 @@ def _carry_out(future: Future[Any], work: Callable[[], Any]) -> None:
         result = work()
     except BaseException as exc:
         future.set_exception(exc)
+        # The exception's traceback has this frame, which must keep nothing alive either.
+        del future, work
     else:
         future.set_result(result)
