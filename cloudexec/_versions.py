@@ -36,19 +36,18 @@ def installed_versions() -> dict[str, str]:
             if each.endswith(".dist-info"):
                 name = each.removesuffix(".dist-info").rpartition("-")[0]
                 name = name.replace("_", "-").replace(".", "-").lower()
-                if name in here and _time(path, each) < _time(path, here[name]):
-                    continue
-                here[name] = each
+                if name not in here or _installed(path, each) > _installed(path, here[name]):
+                    here[name] = each
         for name, each in here.items():
             found.setdefault(name, each.removesuffix(".dist-info").rpartition("-")[2])
     return found
 
 
-def _time(path: str, name: str) -> int:
+def _installed(path: str, name: str) -> tuple[int, str]:
     try:
-        return os.stat(f"{path}/{name}").st_mtime_ns
+        return os.stat(f"{path}/{name}").st_mtime_ns, name
     except OSError:
-        return 0
+        return 0, name
 
 
 def pack_versions() -> bytes:

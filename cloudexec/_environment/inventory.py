@@ -247,7 +247,8 @@ def _replaces(info: Path, known: Path) -> bool:
     """Say whether a version was installed over another one whose metadata was not removed."""
     if info.parent != known.parent:
         return False  # the first directory of the path counts, as for imports
-    return info.stat().st_mtime_ns > known.stat().st_mtime_ns
+    # The same order as in ``_versions.installed_versions``.
+    return (info.stat().st_mtime_ns, info.name) > (known.stat().st_mtime_ns, known.name)
 
 
 def _is_site(place: Path) -> bool:

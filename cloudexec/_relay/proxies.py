@@ -69,13 +69,8 @@ async def connect(host: str, port: int, proxy: str = "") -> socket.socket:
         if url.port is None:
             proxy = url._replace(netloc=f"{url.netloc.rstrip(':')}:{_SOCKS_PORT}").geturl()
         return await _over_socks(proxy, host, port)
-    if url.scheme != "http" or not url.hostname:
-        raise ProxyError(
-            f"the proxy {_shown(proxy)} is of an unknown kind: http://host:port and "
-            f"socks5://host:port are known"
-        )
     try:
-        connection = await dial(url.hostname, url.port or 80)
+        connection = await dial(url.hostname or "", url.port or 80)
     except OSError as exc:
         raise ProxyError(f"the proxy {_shown(proxy)} cannot be reached: {exc}") from exc
     try:
@@ -90,20 +85,27 @@ def _parts_of(proxy: str) -> urllib.parse.SplitResult:
     """Return the parts of a proxy's URL.
 
     Raises:
-        ProxyError: If it has none. The URL is not in the message, as the password may be anywhere.
+        ProxyError: If it has none, or is of an unknown kind. A URL that cannot be read is not in
+            the message, as the password may be anywhere.
     """
     try:
         url = urllib.parse.urlsplit(proxy)
         # "#", "?" and "/" end the part of a URL that a password is in.
-        if url.port != 0 and "@" not in f"{url.path}{url.query}{url.fragment}":
-            return url
+        is_read = url.port != 0 and "@" not in f"{url.path}{url.query}{url.fragment}"
     except ValueError:  # the port is no number, or too large
-        pass
-    raise ProxyError(
-        "HTTPS_PROXY or ALL_PROXY cannot be read: it must be like http://user:password@host:port, "
-        "and in a user name or password, '#' is written as %23, '/' as %2F, '?' as %3F and '@' as "
-        "%40"
-    )
+        is_read = False
+    if not is_read:
+        raise ProxyError(
+            "HTTPS_PROXY or ALL_PROXY cannot be read: it must be like "
+            "http://user:password@host:port, and in a user name or password, '#' is written as "
+            "%23, '/' as %2F, '?' as %3F and '@' as %40"
+        )
+    if not url.scheme.startswith("socks") and (url.scheme != "http" or not url.hostname):
+        raise ProxyError(
+            f"the proxy {_shown(proxy)} is of an unknown kind: http://host:port and "
+            f"socks5://host:port are known"
+        )
+    return url
 
 
 async def _ask(connection: socket.socket, proxy: str, target: str) -> None:

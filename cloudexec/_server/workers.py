@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from cloudexec import _enrolment
 from cloudexec._core import commands, events
 from cloudexec._launchers.base import Arrival, LaunchEnd, Launcher
 from cloudexec._server.bucket import BucketTransfers
@@ -85,7 +86,8 @@ class Workers:
         session = self._sessions.of_launch(identity)
         if session is None or not session.resumable or session.welcome is None or not process:
             return None
-        return session if session.process == process and not self._engine.is_closing else None
+        is_same = _enrolment.proves(process, session.process)
+        return session if is_same and not self._engine.is_closing else None
 
     def admit(self, identity: str) -> str | None:
         """Return why the worker of a launch may not connect; ``None`` if it may."""

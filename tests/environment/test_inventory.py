@@ -58,9 +58,10 @@ def test_of_two_versions_the_one_that_was_installed_last_counts(
     shutil.copytree(client.site / "twice-10.0.dist-info", old)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: twice\nVersion: 9.0\n")
     monkeypatch.setattr(sys, "path", [str(client.site)])
-    for seconds, version in ((-100, "10.0"), (100, "9.0")):
-        at = time.time() + seconds
-        os.utime(old, (at, at))
+    now = time.time()
+    os.utime(client.site / "twice-10.0.dist-info", (now, now))
+    for seconds, version in ((-100, "10.0"), (100, "9.0"), (0, "9.0")):
+        os.utime(old, (now + seconds, now + seconds))
         assert client.inventory().distributions["twice"].version == version
         assert installed_versions.__wrapped__()["twice"] == version
 
