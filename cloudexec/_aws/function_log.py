@@ -26,7 +26,9 @@ _REPORT = re.compile(
 )
 """AWS Lambda Developer Guide, "Viewing CloudWatch logs for Lambda functions"."""
 _STATUS = re.compile(r"Status: (\w+)")
-_PATTERNS = ('"cloudexec session"', '"REPORT RequestId"')
+_PATTERNS = ('"REPORT RequestId"', '"cloudexec session"')
+"""Reports first: what a worker says of itself is written before the report of its end. So no
+invocation seems to have ended without an exit code because it ended between the two requests."""
 _MISSING = ("ResourceNotFoundException",)
 
 

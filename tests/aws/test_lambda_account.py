@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 from cloudexec import BatchExecutor, ConfigError, Lambda, LaunchError
 from cloudexec._aws.clients import AwsClients
-from cloudexec._aws.function_log import read_report
+from cloudexec._aws.function_log import read_invocations, read_report
 from cloudexec._aws.function_prices import FunctionPrices
 from cloudexec._aws.monitor import Monitor
 from cloudexec._aws.policy import policy
@@ -285,6 +286,43 @@ def test_reports_are_read_as_lambda_writes_them(end: str, status: str, out_of_me
     assert (report.billed_ms, report.memory_mib, report.used_mib) == (13, 512, used)
     assert (report.status, report.out_of_memory) == (status, out_of_memory)
     assert read_report("START RequestId: 1 Version: $LATEST") is None
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_an_invocation_that_ends_while_its_log_is_read_has_not_failed(
+    aws: FakeAWS, before: int
+) -> None:
+    """Of one that has ended, the exit code is known: it was written first."""
+    logs = boto3.client("logs")
+    logs.create_log_group(logGroupName="/mine")
+    logs.create_log_stream(logGroupName="/mine", logStreamName="one")
+    at = int(time.time() * 1000)
+
+    def write(*lines: str) -> None:
+        events = [{"timestamp": at, "message": each} for each in lines]
+        logs.put_log_events(logGroupName="/mine", logStreamName="one", logEvents=events)
+
+    write('cloudexec session {"request": "1", "cloudexec:executor": "x"}')
+    ends = [
+        'cloudexec session {"request": "1", "exit_code": "0"}',
+        "REPORT RequestId: 1\tDuration: 12.34 ms\tBilled Duration: 13 ms\tMemory Size: 512 MB\t"
+        "Max Memory Used: 76 MB",
+    ]
+    requests = []
+
+    async def call(service: str, operation: str, **parameters: Any) -> Any:
+        if len(requests) == before:
+            write(*ends)
+        requests.append(operation)
+        return getattr(boto3.client(service), operation)(**parameters)
+
+    (found,) = asyncio.run(read_invocations(call, "/mine", at - 1000))
+    assert len(requests) == 2
+    assert (found.report is not None, found.exit_code) == {
+        0: (True, 0),
+        1: (False, 0),
+        2: (False, None),
+    }[before]
 
 
 def test_a_run_costs_the_milliseconds_between_its_times() -> None:

@@ -133,14 +133,15 @@ def append(items, *, x, to):
 
 if __name__ == "__main__":
     large = np.zeros(200_000)
+    mapped = np.zeros(1_000_000)
     with BatchExecutor(1) as executor:
         print(list(executor.map(Counter(), range(3))), list(executor.map(Counter().step, range(3))))
         print(list(executor.map(Counter().step, range(4), chunksize=2)))
         print(list(executor.map(partial(append, x=1, to=[]), range(3))))
-        for array in np.zeros(3), large:
+        for array in np.zeros(3), large, mapped:
             print(list(executor.map(partial(add, array), [1, 1, 1])))
         print(list(executor.map(partial(keep, large), range(3))))
-        print(len(set(executor.map(partial(where, large), range(5)))))
+        print(len(set(executor.map(partial(where, mapped), range(5)))))
 """
 
 
@@ -152,8 +153,7 @@ def test_no_call_of_a_map_sees_what_another_one_has_changed_in_bound_objects(
         "[1, 1, 1] [1, 1, 1]",
         "[1, 2, 1, 2]",
         "[1, 1, 1]",
-        "[1.0, 1.0, 1.0]",
-        "[1.0, 1.0, 1.0]",
+        *3 * ["[1.0, 1.0, 1.0]"],
         "[[0.0], [0.0, 1.0], [0.0, 1.0, 2.0]]",
     ]
 

@@ -193,10 +193,12 @@ class _Port:
             self.number = taken.getsockname()[1]
         self.silences = 0
         self._open: list[socket.socket] = []
+        self._later: asyncio.TimerHandle | None = None
 
     def write(self, text: str) -> None:
         if "it was refused" in text and "yet" in text:
-            asyncio.get_running_loop().call_later(0.3, self._be_silent)
+            self.close()
+            self._later = asyncio.get_running_loop().call_later(0.3, self._be_silent)
         elif "nobody answers" in text:
             self.silences += 1
             self.close()
@@ -210,6 +212,8 @@ class _Port:
         self._open = [server, socket.create_connection(server.getsockname())]
 
     def close(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
         while self._open:
             self._open.pop().close()
 
