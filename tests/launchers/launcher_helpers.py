@@ -75,10 +75,15 @@ def kill_when(path: Path, script: str, reached: Callable[[], Any]) -> None:
         reached: Says whether it has come about.
     """
     path.write_text(script)
-    client = subprocess.Popen([sys.executable, str(path)], stderr=subprocess.DEVNULL)
+    said = path.with_suffix(".stderr")
+    with said.open("w") as stderr:
+        client = subprocess.Popen([sys.executable, str(path)], stderr=stderr)
+    deadline = time.monotonic() + 50.0
     try:
-        eventually(lambda: reached() or client.poll() is not None)
-        assert client.poll() is None
+        while not reached():
+            assert client.poll() is None, said.read_text()
+            assert time.monotonic() < deadline, f"it did not come about: {said.read_text()}"
+            time.sleep(0.02)
     finally:
         client.kill()
         client.wait()

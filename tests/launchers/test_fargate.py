@@ -503,13 +503,18 @@ PHASES: dict[str, tuple[Callable[[Any], object], Callable[[Any, Path], object], 
         lambda aws, path: path.with_suffix(".running").exists(),
         (ALL_RUN, "open(__file__[:-3] + '.running', 'w').close()", "time.sleep(300)"),
     ),
+    # Workers that have ended before the client asks for it need no request.
     "ending": (
         lambda aws: aws.faults.deny("StopTask"),
-        lambda aws, path: any(r.operation == "StopTask" for r in aws.requests),
+        lambda aws, path: (
+            path.with_suffix(".ended").exists()
+            or any(r.operation == "StopTask" for r in aws.requests)
+        ),
         (
             ALL_RUN,
             "executor.shutdown(wait=False, cancel_futures=True)",
             "executor.kill_workers()",
+            "open(__file__[:-3] + '.ended', 'w').close()",
             "time.sleep(300)",
         ),
     ),
