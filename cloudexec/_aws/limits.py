@@ -296,7 +296,7 @@ def instance_size_for(cpus: float, memory_mib: int, gpus: int) -> WorkerSize:
 
 def default_memory(vcpus: float, compute: str) -> int:
     """Return the default MiB of a worker: 2 GiB per vCPU, or a little more."""
-    wanted = math.ceil(2 * _GIB * vcpus)
+    wanted = math.ceil(2 * _GIB * min(vcpus, _MOST_VCPUS))
     if compute == "ec2":
         return wanted
     return next((mib for mib in fargate_memories(vcpus) if mib >= wanted), wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import tomllib
@@ -39,8 +40,11 @@ from cloudexec._environment.packages import Packages
 from cloudexec._environment.selection import Selection, merged, needs_of, select
 from cloudexec._environment.target import Target
 from cloudexec._errors import ConfigError
+from cloudexec._log import Log
 
 __all__ = ["Collection"]
+
+_logger = Log()
 
 _REMEDIES = (
     "Leave it out if tasks do not need it (exclude=), name a version that has a wheel (extra=), or "
@@ -89,6 +93,8 @@ class Collection:
         self._exclude = {
             canonicalize_name(name) for name in packages.exclude
         } - self._required.keys()
+        self._left_out: set[str] = set()
+        """Names of what is not installed here, would be fetched, and is excluded."""
         self._reasons: dict[str, str] = {}
         self._known: dict[str, Distribution] = {}
         self._built: dict[str, str] = {}
@@ -150,7 +156,23 @@ class Collection:
         ]
         if loose:
             components.append(_of_loose(loose, target))
+        if self._packages.source == "here":
+            self._check_exclude()
         return components
+
+    def _check_exclude(self) -> None:
+        """Warn of names to leave out that are no package's: they are most likely misspelled."""
+        loose = {canonicalize_name(_module(path)) for path in self._inventory.loose}
+        there = self._installed.keys() | loose | self._left_out
+        for name in self._packages.exclude:
+            if canonicalize_name(name) not in there:
+                close = difflib.get_close_matches(canonicalize_name(name), sorted(there), 1)
+                meant = f"; did you mean {close[0]!r}?" if close else ""
+                _logger.warning(
+                    "exclude names %r, but no such package is installed here or required%s",
+                    name,
+                    meant,
+                )
 
     def _select(self, target: Target) -> Selection:
         return select(self._inventory, target, exclude=self._exclude, required=self._required)
@@ -295,6 +317,7 @@ class Collection:
     def _is_missed(self, needed: str, by: str) -> bool:
         """Whether something that was fetched has a requirement that is to be met."""
         if needed in self._exclude or needed == "cloudexec":
+            self._left_out.add(needed)
             return False
         here = self._installed.get(by) if self._packages.source == "here" else None
         if here is None or needed in self._installed:

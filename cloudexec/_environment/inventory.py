@@ -310,10 +310,13 @@ def _read(info: Path, *, is_site: bool) -> Distribution | None:
     origin, source = "", None
     if direct := _direct_url(info):
         url = str(direct.get("url", ""))
-        origin = _without_credentials(url)
         details = direct.get("dir_info")
-        if isinstance(details, dict) and details.get("editable"):
-            source = _local_path(url)
+        try:
+            origin = _without_credentials(url)
+            if isinstance(details, dict) and details.get("editable"):
+                source = _local_path(url)
+        except ValueError:
+            pass  # no address
     if not is_site and any((place / each).is_file() for each in ("pyproject.toml", "setup.py")):
         source = place  # `setup.py develop`, which leaves its metadata beside the source
     return Distribution(
@@ -338,10 +341,14 @@ def _text(info: Path, name: str) -> str:
 
 def _files(info: Path) -> tuple[str, ...] | None:
     record = _text(info, "RECORD")
-    if not record:
+    if not record or "\0" in record:
         return None
+    try:
+        rows = list(csv.reader(record.splitlines(), strict=True))
+    except csv.Error:
+        return None  # a damaged list may lack files
     names = []
-    for row in csv.reader(record.splitlines()):
+    for row in rows:
         if not row or "__pycache__/" in row[0] or _is_superfluous(str(info.parent / row[0])):
             continue
         folder, _, name = row[0].rpartition("/")

@@ -28,8 +28,11 @@ __all__ = [
 ]
 
 _COMMENT = re.compile(r"(^|\s+)#.*$")
-_EDITABLE = re.compile(r"(?:-e|--editable)(?:\s+|=)(.+)")
-_INCLUDE = re.compile(r"(-r|-c|-f|--requirement|--constraint|--find-links)(?:\s+|=)(.+)")
+# What follows an option of one letter may follow it at once.
+_EDITABLE = re.compile(r"(?:-e|--editable)(?:(?<=-e)|\s+|=)\s*=?(.+)")
+_INCLUDE = re.compile(
+    r"(-[rcf]|--requirement|--constraint|--find-links)(?:(?<=-[rcf])|\s+|=)\s*=?(.+)"
+)
 _NAMED = re.compile(r"[\w.-]+\s*(\[[^\]]*\])?\s*@\s*(\S+)")
 _PATH = re.compile(r"(.*?)(\[[^\]]*\])?")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")

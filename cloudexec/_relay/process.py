@@ -349,11 +349,15 @@ def _parts_of(url: str) -> tuple[str | None, str, int | None]:
     """Return the user, host and port of an ``ssh://`` URL."""
     try:
         parts = urllib.parse.urlsplit(url)
-        if parts.hostname and not parts.hostname.startswith("-") and not parts.password:
+        more = parts.password or parts.path.strip("/") or parts.query or parts.fragment
+        if parts.hostname and not parts.hostname.startswith("-") and not more:
             return parts.username, parts.hostname, parts.port
     except ValueError:  # the port is no number, or too large
         pass
-    raise ConfigError(f"relay must be like 'ssh://user@host', not {url!r}")
+    shown = re.sub(r"(?<=//).*@", "****@", url)  # it may have a password
+    raise ConfigError(
+        f"relay must be like 'ssh://user@host' or 'ssh://user@host:port', not {shown!r}"
+    )
 
 
 def _split(address: str) -> tuple[str, int]:

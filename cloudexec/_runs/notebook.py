@@ -19,11 +19,12 @@ def main(path: str) -> int:
         path: Of the notebook.
 
     Returns:
-        The exit code: 1 if a cell failed.
+        The exit code: 1 if a cell failed or the notebook's kernel ended.
     """
     nbformat: Any = importlib.import_module("nbformat")
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     notebook: Any = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -36,6 +37,22 @@ def main(path: str) -> int:
         client.execute()
     except CellExecutionError as exc:
         print(exc, file=sys.stderr, flush=True)
+        return 1
+    except DeadKernelError:
+        print(
+            "the notebook's kernel ended while a cell ran: it crashed, was killed because memory "
+            "was used up (--memory), or a cell ended it",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+    except NoSuchKernel as exc:
+        print(
+            f"the notebook wants the kernel {exc.name!r}, which is not installed here: choose "
+            f"another one in the notebook, or install its package (packages=, an image of yours)",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     finally:
         nbformat.write(notebook, path)

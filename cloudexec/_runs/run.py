@@ -94,7 +94,7 @@ def make_request(
     arch: str = "x86_64",
     spot: bool = False,
     on: str = "batch",
-    name: str = "",
+    name: str | None = None,
     resume: bool = False,
     files: Sequence[str | os.PathLike[str]] = (),
     outputs: Sequence[str | os.PathLike[str]] = (),

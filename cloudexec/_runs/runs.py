@@ -73,8 +73,8 @@ class RunRequest:
     args: tuple[str, ...] = ()
     machine: MachineRequest = field(default_factory=MachineRequest)
     on: str = "batch"
-    name: str = ""
-    """Empty: one is made."""
+    name: str | None = None
+    """``None``: one is made."""
     resumes: bool = False
     """Whether a run of that name that has ended goes on, with its journal and its files."""
     files: tuple[str, ...] = ()
@@ -160,7 +160,7 @@ class AsyncRuns:
         if request.kind == "module":
             target = target.removesuffix(".__main__").rpartition(".")[2]
         title = target or (request.args or ("run",))[0].split()[0]
-        name = check_name(request.name) if request.name else new_name(title)
+        name = new_name(title) if request.name is None else check_name(request.name)
         seconds = _limit(request, machine.price.per_hour)
         files = await asyncio.to_thread(collect, request.kind, request.target, request.files)
         folders = check_output_folders(request.outputs, files.files)

@@ -115,7 +115,7 @@ def _variables(
     metavar="batch|ec2|fargate",
     help="Ask AWS Batch for the machine, which has a queue, or Amazon EC2 or ECS, without one.",
 )
-@click.option("--name", default="", metavar="NAME", help="Name of the run; by default a new one.")
+@click.option("--name", metavar="NAME", help="Name of the run; by default a new one.")
 @click.option(
     "--resume",
     is_flag=True,

@@ -169,6 +169,31 @@ def test_a_notebook_runs_and_comes_back_with_its_outputs(
     assert back.cells[1].outputs[0].data["text/plain"] == "42"
 
 
+@pytest.mark.parametrize(
+    ("cell", "kernel", "said"),
+    [
+        ("import os; os._exit(9)", "python3", "the notebook's kernel ended while a cell ran"),
+        ("1", "of-another-machine", "wants the kernel 'of-another-machine', which is not"),
+    ],
+)
+def test_a_notebook_whose_kernel_fails_says_so(
+    aws: FakeAWS, run_here: Run, folder: Path, cell: str, kernel: str, said: str
+) -> None:
+    """In a line, and not by a traceback of what runs it. What was done before is kept."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    cells = [nbformat.v4.new_code_cell(each) for each in ("print('before')", cell)]
+    book = nbformat.v4.new_notebook(cells=cells)
+    book.metadata["kernelspec"] = {"name": kernel, "display_name": kernel}
+    nbformat.write(book, folder / "a.ipynb")
+    done = run_here("run", "a.ipynb", "--outputs", "a.ipynb")
+    assert done.returncode == 1
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    back = nbformat.read(folder / "a.ipynb", as_version=4)
+    assert [each.text for each in back.cells[0].outputs] == ["before\n"] * (kernel == "python3")
+
+
 def test_much_output_comes_back_whole_and_in_order(
     aws: FakeAWS, run_here: Run, folder: Path
 ) -> None:
@@ -294,6 +319,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_sent(
         (("job.py", "--outputs", "../up"), "outputs are folders or files below the current folder"),
         (("job.py", "--name", "Worker"), "the name of a run is 1 to 40 lower-case letters"),
         (("job.py", "--name", "worker-1"), "not like a worker's"),
+        (("job.py", "--name", ""), "the name of a run is 1 to 40 lower-case letters"),
         (("job.py", "--cpus", "0"), "cpus must be"),
         (("job.py", "--memory", "much"), "much"),
         (("job.py", "--gpu", "1"), "has no queue for ec2"),

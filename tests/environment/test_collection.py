@@ -919,7 +919,7 @@ def test_project_that_is_left_out_is_not_built(
     [
         "-e ./libs/member[more]",
         "./libs/member[more] ; os_name != 'nt'",
-        "-e ./libs/member[more]; os_name != 'nt'",
+        "-e./libs/member[more]; os_name != 'nt'",
     ],
 )
 def test_projects_that_a_requirements_file_names_are_built(
@@ -936,7 +936,7 @@ def test_projects_that_a_requirements_file_names_are_built(
     backend = member / "tools" / "own_backend.py"
     backend.write_text(backend.read_text().replace('{version}\\n"', f'{{version}}\\n{needs}"'))
     file = tmp_path / "requirements.txt"
-    file.write_text("# all\n-r more/parts.txt\ntables  # as well\n")
+    file.write_text("# all\n-rmore/parts.txt\ntables  # as well\n")
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "parts.txt").write_text(f"{line}\n-c limits.txt\n")
     (tmp_path / "more" / "limits.txt").write_text("fast<2\n")
@@ -1011,9 +1011,9 @@ def test_change_of_an_included_file_is_noticed(
 ) -> None:
     """Of requirements or constraints, also in a file that these include."""
     for name, text in {
-        "requirements.txt": "-r parts.txt\n--constraint=limits.txt\n-c gone.txt\n",
+        "requirements.txt": "-rparts.txt\n--constraint=limits.txt\n-c gone.txt\n",
         "parts.txt": "thing\n",
-        "limits.txt": "-c more.txt\n",
+        "limits.txt": "-cmore.txt\n",
         "more.txt": "thing<2\n",
     }.items():
         (tmp_path / name).write_text(text)
@@ -1152,6 +1152,28 @@ def private_index(client: Client) -> Iterator[str]:
     handler = functools.partial(Handler, directory=str(client.wheels))
     with serving(handler) as address:
         yield f"{address.replace('://', '://user:hunter2@')}/simple"
+
+
+def test_a_misspelled_name_to_leave_out_is_noticed(
+    client: Client, collect: Collecting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And no name of what is here, of a single module, or of what something else requires."""
+    make_wheel(client.wheels, "pure", requires=["needed"])
+    make_wheel(client.wheels, "other", requires=["pure", "never-here"])
+    client.install("pure", "--no-deps")
+    (client.site / "alone.py").write_text("")
+    found = collect(HERE, exclude=["Pure", "alone"])
+    assert not found
+    found = collect(HERE, exclude=["never_here"], extra=["other"])
+    assert found.keys() >= {"other", "pure"}
+    assert not caplog.records
+    collect(HERE, exclude=["puer", "pandas"])
+    told = [each.getMessage() for each in caplog.records]
+    assert told == [
+        "exclude names 'puer', but no such package is installed here or required; did you mean "
+        "'pure'?",
+        "exclude names 'pandas', but no such package is installed here or required",
+    ]
 
 
 def test_private_index_is_used_and_its_password_stays_here(

@@ -101,6 +101,25 @@ def test_origin_has_no_password(client: Client) -> None:
     assert not any(name.endswith("direct_url.json") for name in found.files or ())
 
 
+@pytest.mark.parametrize(
+    "record",
+    ['thing.py,,\n"thing-1.0.dist-info/METADATA', "thing.py,,\nthing\0.py,,\n", 'a"b",\n"c"d,,\n'],
+)
+def test_damaged_list_of_files_is_no_list(client: Client, record: str) -> None:
+    """It may lack files, so the package is treated as one that has none, and fetched."""
+    make_wheel(client.wheels, "thing")
+    client.install("thing")
+    (info,) = client.site.glob("thing-*.dist-info")
+    (info / "RECORD").write_text(record)
+    for text in (
+        '{"url": "https://[half"}',
+        '{"url": "file://[h", "dir_info": {"editable": true}}',
+    ):
+        (info / "direct_url.json").write_text(text)
+        found = client.inventory().distributions["thing"]
+        assert (found.files, found.origin, found.source) == (None, "", None)
+
+
 @pytest.mark.parametrize("what", ["module", "project", "path", "loose"])
 def test_signature_differs_when_a_file_was_edited(
     client: Client, tmp_path: Path, what: str

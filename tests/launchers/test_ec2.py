@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -224,6 +225,8 @@ def test_variables_that_are_too_long_are_refused_before_they_are_sent(aws: Any, 
     ("settings", "said"),
     [
         ({"vcpus": 1.5}, "whole vCPUs.*the nearest"),
+        ({"vcpus": 100_000}, "has 1 to 1920 whole vCPUs .*not 100000 vCPU"),
+        ({"vcpus": math.inf}, "has 1 to 1920 whole vCPUs .*not inf vCPU"),
         ({"spot": "yes"}, "spot must be"),
         ({"gpus": 17}, "gpus must be 16 or less"),
         ({"gpus": 1, "arch": "arm64"}, "goes with arch='x86_64'"),

@@ -148,12 +148,14 @@ def test_a_host_that_opens_ports_for_itself_alone_is_an_error_that_says_so(sshd:
 @pytest.mark.parametrize(
     "url",
     [
-        *("ssh://", "ssh://-oProxyCommand=x", "somewhere", "ssh://a:b@c", "ssh://a:99999"),
+        *("ssh://", "ssh://-oProxyCommand=x", "somewhere", "ssh://a:secret@c", "ssh://a:99999"),
+        *("ssh://a/path", "ssh://a?query", "ssh://a#fragment", "ssh://a:sec/secret@c"),
         *("host:ssh", "host:0", "host:99999", "https://host:443", "me@host:22"),
     ],
 )
 def test_what_is_no_relay_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="relay must be"):
         BatchExecutor(1, launcher=RelayLauncher(url)).submit(abs, -1).result(PATIENCE)
-    with pytest.raises(ConfigError, match="relay must be"):
+    with pytest.raises(ConfigError, match="relay must be") as caught:
         Batch(relay=url)
+    assert "secret" not in str(caught.value)
