@@ -70,6 +70,22 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a test that failed what the workers of its emulated AWS wrote that failed, too."""
+    report = yield
+    aws = getattr(item, "funcargs", {}).get("aws")
+    # By its name, as its module is not there in each environment that tests run in.
+    if report.when == "call" and report.failed and type(aws).__name__ == "FakeAWS":
+        for job in aws.jobs():
+            if job.exit_code not in (None, 0, 143):
+                last = "\n".join(aws.logs(job.job_id)[-40:])
+                report.sections.append((f"Log of job {job.job_id}, {job.status_reason}", last))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
@@ -80,6 +96,25 @@ def pytest_runtest_teardown(
         if nextitem is not None and nextitem.path != item.path:
             gc.collect()
             gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _same_settings_after_each_test() -> Iterator[None]:
+    """Restore the settings of AWS and of cloudexec.
+
+    ``monkeypatch`` and an emulated AWS both restore them, to different values where they do it in
+    the wrong order, which depends on the fixtures of a test.
+    """
+
+    def settings() -> dict[str, str]:
+        ours = [key for key in os.environ if key.startswith(("AWS_", "CLOUDEXEC_"))]
+        return {key: os.environ[key] for key in ours}
+
+    before = settings()
+    yield
+    for key in settings().keys() - before.keys():
+        del os.environ[key]
+    os.environ.update(before)
 
 
 @pytest.fixture
