@@ -219,7 +219,8 @@ class _Check:
             _expect(found == 2, f"abs(-2) returned {found!r}")
 
     def _lost_workers_are_replaced(self) -> None:
-        with self._executor() as executor:
+        # A platform that does not tell of the end of workers leaves that to this time.
+        with self._executor(reconnect_grace=5.0) as executor:
             futures = [executor.submit(time.sleep, 2) for _ in range(2)]
             self._wait(futures[0].running, "no task has begun to run")
             self._take_workers_away(executor)

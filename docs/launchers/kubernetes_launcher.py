@@ -125,6 +125,7 @@ class KubernetesPlatform(Platform):
         self._jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
         self._core = f"/api/v1/namespaces/{namespace}"
         self.stop_hint = f"`kubectl -n {namespace} delete jobs -l app=cloudexec` ends all workers"
+        self._doomed: dict[str, set[int]] = {}  # indexes that are to have no pod, by job
 
     async def submit(self, request: JobRequest) -> Submitted:
         job = None
@@ -184,6 +185,9 @@ class KubernetesPlatform(Platform):
         for pod in sorted(listed["items"], key=lambda each: each["metadata"]["creationTimestamp"]):
             index = int(pod["metadata"]["annotations"][INDEX])
             workers[index] = await self._worker(pod, index, inspection)
+            if index in self._doomed.get(inspection.job_id, ()):
+                # It was made after its worker was to end, perhaps in the place of a deleted one.
+                await self._delete(f"{self._core}/pods/{pod['metadata']['name']}")
         reasons = [each.reason for each in workers.values() if each.reason]
         if not listed["items"] and not is_over:
             reasons = await self._why_no_pods(inspection.job_id)
@@ -237,7 +241,9 @@ class KubernetesPlatform(Platform):
         for target in targets:
             if target.workers is None:
                 await self._delete_job(target.job_id)
+                self._doomed.pop(target.job_id, None)
                 continue
+            self._doomed.setdefault(target.job_id, set()).update(target.workers)
             job = f"batch.kubernetes.io/job-name={target.job_id}"
             indexes = [str(index) for index in target.workers]
             for at in range(0, len(indexes), 500):  # an address has no room for more

@@ -53,7 +53,7 @@ def test_from_up_to_down_with_the_published_policy(aws: FakeAWS) -> None:
         Monitor("default") as monitor,
     ):
         once = executor.with_options(retries=0)
-        futures = [once.submit(time.sleep, 60) for _ in range(2)]
+        futures = [once.submit(time.sleep, 5) for _ in range(2)]
         eventually(lambda: executor.stats().tasks.running == 2)
         jobs = monitor.jobs()
         assert {each.id for each in jobs} == {each.instance_id for each in aws.instances()}

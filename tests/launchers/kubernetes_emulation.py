@@ -220,6 +220,12 @@ class EmulatedKubernetes:
         if kind == "pods":
             if log:
                 return 200, self._pods[name].log()
+            if name:
+                assert method == "DELETE"
+                if name not in self._pods:
+                    return missing
+                self._delete(self._pods[name])
+                return 200, {"status": "Success"}
             wanted = {
                 label: (value or several).split(",")
                 for label, value, several in _SELECTOR.findall(query["labelSelector"])

@@ -19,7 +19,7 @@ from launcher_helpers import eventually
 from process_farm import ProcessFarm
 
 from cloudexec import BatchExecutor, ConfigError, Fallback, LaunchError
-from cloudexec.launchers import JobRequest, Target, WorkerCapacity
+from cloudexec.launchers import Inspection, JobRequest, Target, WorkerCapacity
 from cloudexec.testing import check_launcher
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "launchers"
@@ -172,6 +172,40 @@ def test_many_workers_are_ended_by_one_request(cluster: EmulatedKubernetes) -> N
     targets = [Target(job_id="a-job", workers=range(300))]
     asyncio.run(KubernetesPlatform(jobs(cluster)).terminate(targets, "no reason"))
     assert [(method, kind) for method, kind, _ in cluster.requests] == [("DELETE", "pods")]
+
+
+@pytest.mark.parametrize("replaces_deleted", [False, True])
+def test_a_worker_that_is_ended_before_it_has_a_pod_never_runs(replaces_deleted: bool) -> None:
+    """The controller makes it later, and where a pod was deleted perhaps another one."""
+    from kubernetes_launcher import KubernetesPlatform
+
+    async def run(cluster: EmulatedKubernetes) -> None:
+        platform = KubernetesPlatform(jobs(cluster))
+        cluster.quota = 0
+        request = JobRequest(
+            name="cloudexec-0123456789abcdef-1",
+            workers=2,
+            environment={"CLOUDEXEC_TARGET": "127.0.0.1:1", "CLOUDEXEC_LAUNCH": "1"},
+            secrets={"CLOUDEXEC_KEY": "00" * 32},
+        )
+        await platform.submit(request)
+        await platform.terminate([Target(job_id=request.name, workers=[0])], "no reason")
+        cluster.quota = None
+        look = Inspection(job_id=request.name, workers=2, wanted=range(2))
+        deadline = time.monotonic() + 20.0
+        deleted = 0
+        while deleted < 1 + replaces_deleted:
+            assert time.monotonic() < deadline
+            await platform.describe([look])
+            deleted = sum(method == "DELETE" for method, _, _ in cluster.requests) - 1
+            await asyncio.sleep(0.02)
+        names = [pod["metadata"]["name"] for pod in cluster.pods_of_all()]
+        assert any(name.startswith(f"{request.name}-1-") for name in names)
+        await platform.terminate([Target(job_id=request.name)], "no reason")
+
+    with EmulatedKubernetes(replaces_deleted=replaces_deleted) as cluster:
+        asyncio.run(run(cluster))
+        assert not cluster.running()
 
 
 def test_in_a_pod_the_token_and_the_certificate_of_the_cluster_are_used(
