@@ -81,8 +81,8 @@ MAY_IMPORT = {
     "_launchers/local.py": {"_config", "_descriptors", "_log", "_proto"},
     "_launchers/copies.py": {"_forked", "_modules", "worker"},
     "_aws": {"_config", "_enrolment", "_pricing"},
-    "_aws/doctor.py": {"_relay"},
-    "_environment": {"_aws"},
+    "_aws/doctor_relay.py": {"_relay"},
+    "_environment": {"_aws", "_log"},
     "_relay": {"_enrolment"},
     "_runs": {
         "_aws",

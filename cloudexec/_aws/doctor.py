@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
@@ -18,6 +18,7 @@ from cloudexec._aws.clients import AwsClients, is_region, known_regions
 from cloudexec._aws.diagnosis import mend_invalid
 from cloudexec._aws.doctor_ec2 import look_at_instances
 from cloudexec._aws.doctor_lambda import look_at_lambda
+from cloudexec._aws.doctor_relay import by_proxy, look_at_relay
 from cloudexec._aws.ecr import EcrImage
 from cloudexec._aws.job_details import time_of_text
 from cloudexec._aws.names import TAG_EXPIRES, is_setup_name
@@ -33,8 +34,6 @@ from cloudexec._aws.steps import counted
 from cloudexec._aws.task_search import TaskSearch
 from cloudexec._aws.template import TEMPLATE_VERSION
 from cloudexec._errors import AwsError, ConfigError
-from cloudexec._relay.process import check_relay
-from cloudexec._relay.proxies import ProxyError, named_proxy
 
 __all__ = ["Check", "Outcome", "Report", "examine", "prevents_probe"]
 
@@ -591,18 +590,8 @@ async def _log_group(examination: _Examination) -> Check:
     return Check(name="log group", outcome="failed", found=f"{name} does not exist", remedy=remedy)
 
 
-def _by_proxy(check: Check, relay: str = "192.0.2.1:443") -> Check:
-    """Say through which proxy this side connects to a relay; by default to one with any address."""
-    if relay.startswith("ssh://"):
-        return check  # OpenSSH has settings of its own
-    try:
-        proxy = named_proxy(relay.rpartition(":")[0].strip("[]"))
-    except ProxyError as exc:
-        found = f"{check.found}; but this side cannot connect to it: {exc}"
-        return replace(check, outcome="failed", found=found, remedy="correct that variable")
-    if not proxy:
-        return check
-    return replace(check, found=f"{check.found}; this side connects to it by the proxy {proxy}")
+def _judged(name: str, found: str, remedy: str) -> Check:
+    return Check(name=name, outcome="failed" if remedy else "ok", found=found, remedy=remedy)
 
 
 async def _address(examination: _Examination) -> Check:
@@ -611,13 +600,7 @@ async def _address(examination: _Examination) -> Check:
     relay = named or profile.relay
     source = "CLOUDEXEC_RELAY" if named else f"the profile {profile.name!r}"
     if relay.lower() not in ("", AUTO, "true", "false"):
-        try:
-            check_relay(relay)
-        except ConfigError as exc:
-            found = f"no executor can start: {exc}, which {source} has"
-            return Check(name=name, outcome="failed", found=found, remedy=f"correct {source}")
-        how = f"workers connect through the relay {relay}: from {source}"
-        return _by_proxy(Check(name=name, outcome="ok", found=how), relay)
+        return _judged(name, *look_at_relay(relay, source))
     price = relay_price(PriceTable.load(profile.region), "x86_64", profile.region)
     started = f"a relay that each executor starts, for about ${price.per_hour:.2f} an hour"
     lacking = lacks_for_relay(profile)
@@ -625,8 +608,8 @@ async def _address(examination: _Examination) -> Check:
         found = f"workers connect through {started}: from {source}"
         if lacking:
             found = f"{source} asks for a relay, but none can be started: {lacking}"
-        check = Check(name=name, outcome="failed" if lacking else "ok", found=found)
-        return check if lacking else _by_proxy(check)
+            return Check(name=name, outcome="failed", found=found)
+        return _judged(name, *by_proxy(found))
     try:
         address = await advertised_address(
             profile, advertise=examination.advertise, endpoint=examination.clients.endpoint
@@ -635,7 +618,7 @@ async def _address(examination: _Examination) -> Check:
         if relay == AUTO and not lacking:
             why = str(exc).partition(". ")[0]
             found = f"workers connect through {started} (auto, from {source}), as {why}"
-            return _by_proxy(Check(name=name, outcome="ok", found=found))
+            return _judged(name, *by_proxy(found))
         remedy = (
             "set CLOUDEXEC_ADVERTISE to the address at which workers reach this machine, and "
             "CLOUDEXEC_LISTEN if it is forwarded to another port here; or "

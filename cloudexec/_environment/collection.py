@@ -132,6 +132,11 @@ class Collection:
             if name == "cloudexec" or name in found or name in wanted:
                 continue
             if each.source is not None:
+                if not each.source.is_dir():
+                    raise ConfigError(
+                        f"the project {each.source}, which is installed here as editable, is gone: "
+                        f"uninstall {name}, or leave it out (exclude=[{name!r}])"
+                    )
                 found[name] = self._project(each.source, target)
                 continue
             component = of_distribution(each, target)
@@ -420,11 +425,6 @@ class Collection:
     # Projects and files.
 
     def _project(self, source: Path, target: Target) -> Component:
-        if not source.is_dir():
-            raise ConfigError(
-                f"the project {source}, which is installed here as editable, is gone: "
-                f"uninstall it, or leave it out (exclude=)"
-            )
         key = hashlib.sha256(
             f"{signature_of(source)} {target.python} {target.machine}".encode()
         ).hexdigest()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 from cloudexec._environment.local_requirements import (
     is_dynamic,
+    is_for_pip_only,
     lines_of,
     local_of,
     masked,
@@ -121,6 +122,7 @@ class Installer:
                 given = stack.enter_context(_requirements_file(self._export(file)))
             elif file.suffix == ".toml":
                 refuse_local(file)
+                _check_project(file, target)
                 if is_dynamic(file):
                     given = stack.enter_context(_requirements_file(["./"]))
                     exclude = frozenset()  # Its wheel alone says what it requires.
@@ -142,7 +144,8 @@ class Installer:
         instead: an editable one would be a path that workers do not have."""
         lines = lines_of(given)
         named = [local_of(line, file.parent) for line in lines]
-        if not any(each is not None and not each.path.is_file() for each in named):
+        has_project = any(each is not None and not each.path.is_file() for each in named)
+        if not has_project and not is_for_pip_only(given):
             yield given
             return
         with tempfile.TemporaryDirectory(prefix="cloudexec-wheels-") as name:
@@ -309,12 +312,41 @@ def names_of(requirements: Iterable[str]) -> list[str]:
     return names
 
 
-def _dependencies(file: Path) -> list[str]:
+def _project_of(file: Path) -> Mapping[str, Any]:
     try:
         project: Any = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{file} cannot be read: {exc}") from exc
-    return [str(each) for each in project.get("dependencies", ())]
+    return project if isinstance(project, dict) else {}
+
+
+def _dependencies(file: Path) -> list[str]:
+    return [str(each) for each in _project_of(file).get("dependencies", ())]
+
+
+def _check_project(file: Path, target: Target) -> None:
+    """Refuse a ``pyproject.toml`` that no worker on a target can have.
+
+    Raises:
+        ConfigError: If a dependency is no requirement, or the project needs another Python.
+    """
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        names_of(_dependencies(file))
+    except ConfigError as exc:
+        raise ConfigError(f"{file}: {exc}") from None
+    text = str(_project_of(file).get("requires-python", ""))
+    try:
+        wanted = SpecifierSet(text)
+    except InvalidSpecifier as exc:
+        raise ConfigError(f"{file}: requires-python={text!r} names no versions: {exc}") from None
+    # Which patch version workers have is not known here.
+    if not any(wanted.contains(f"{target.python}.{patch}") for patch in (0, 99)):
+        raise ConfigError(
+            f"{file} requires Python {text}, and workers have Python {target.python}, as this "
+            f"program does: run it with such a Python"
+        )
 
 
 @contextlib.contextmanager

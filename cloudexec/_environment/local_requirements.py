@@ -19,6 +19,7 @@ __all__ = [
     "Local",
     "all_lines_of",
     "is_dynamic",
+    "is_for_pip_only",
     "lines_of",
     "local_of",
     "masked",
@@ -37,6 +38,10 @@ _NAMED = re.compile(r"[\w.-]+\s*(\[[^\]]*\])?\s*@\s*(\S+)")
 _PATH = re.compile(r"(.*?)(\[[^\]]*\])?")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 """User name and password in an address; a password may have an "@" in it."""
+_QUERY = re.compile(r"(?<=\?)[\w.%-]+=[^\s#'\"]*")
+"""The query of an address, or of its path alone: a signature or a token may be in it."""
+_GLUED = re.compile(r"^\s*-[rcfe][^\s=]", re.MULTILINE)
+"""An option of one letter with its value behind it, which pip reads so, and uv does not."""
 
 
 class Local(NamedTuple):
@@ -151,8 +156,19 @@ def local_of(line: str, folder: Path) -> Local | None:
 
 
 def masked(text: str) -> str:
-    """Return a requirement without the password in its address."""
-    return _CREDENTIALS.sub("****@", text)
+    """Return a requirement without the password and the query in its address."""
+    return _QUERY.sub("****", _CREDENTIALS.sub("****@", text))
+
+
+def is_for_pip_only(file: Path) -> bool:
+    """Whether uv cannot read a requirements file, or one that it includes, as it is.
+
+    Raises:
+        ConfigError: If a file cannot be read.
+    """
+    seen: set[Path] = set()
+    list(_lines_of(file, seen))
+    return any(_GLUED.search(each.read_text(errors="replace")) for each in seen)
 
 
 def places_of(file: Path) -> list[Path]:

@@ -347,24 +347,41 @@ def check_relay(relay: str) -> None:
 
 def _parts_of(url: str) -> tuple[str | None, str, int | None]:
     """Return the user, host and port of an ``ssh://`` URL."""
+    why = ""
     try:
         parts = urllib.parse.urlsplit(url)
-        more = parts.password or parts.path.strip("/") or parts.query or parts.fragment
-        if parts.hostname and not parts.hostname.startswith("-") and not more:
-            return parts.username, parts.hostname, parts.port
-    except ValueError:  # the port is no number, or too large
-        pass
-    shown = re.sub(r"(?<=//).*@", "****@", url)  # it may have a password
+        user, host = parts.username, parts.hostname or ""
+        if parts.password is not None:
+            why = ": OpenSSH takes no password from an address, but a key of yours"
+        elif parts.path.strip("/") or parts.query or parts.fragment:
+            why = ": nothing may follow the host and its port"
+        elif host and not host.startswith("-") and not re.search(r"[\s@]", f"{user}{host}"):
+            return user, host, parts.port
+    except ValueError:
+        pass  # the port is no number, or too large
     raise ConfigError(
-        f"relay must be like 'ssh://user@host' or 'ssh://user@host:port', not {shown!r}"
+        f"relay must be like 'ssh://user@host' or 'ssh://user@host:port', not {_shown(url)!r}{why}"
     )
 
 
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     is_port = port.isdecimal() and 0 < int(port) < 65536
-    if not host or not is_port or any(each in host for each in "/@"):
+    name = host[1:-1] if re.fullmatch(r"\[.*\]", host) else host.replace(":", "/")
+    if not name or not is_port or re.search(r"[\s/@\[\]]", name):
         raise ConfigError(
-            f"relay must be True, False, 'auto', 'host:port' or 'ssh://user@host', not {address!r}"
+            f"relay must be True, False, 'auto', 'host:port', '[IPv6 address]:port' or "
+            f"'ssh://user@host', not {_shown(address)!r}"
         )
-    return host.strip("[]"), int(port)
+    return name, int(port)
+
+
+def _shown(address: str) -> str:
+    """Return an address without what may be a password, or a key in a query."""
+    scheme, sign, rest = address.partition("://")
+    if not sign:
+        scheme, rest = "", address
+    user, at, host = rest.rpartition("@")
+    user = "****" if re.search(r"[:/?#]", user) else user
+    host = re.sub(r"[?#].*", lambda found: f"{found[0][0]}****", host)
+    return f"{scheme}{sign}{user}{at}{host}"

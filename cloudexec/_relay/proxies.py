@@ -7,10 +7,11 @@ import base64
 import socket
 import urllib.parse
 import urllib.request
+from typing import Any
 
 from cloudexec._relay.joining import dial
 
-__all__ = ["ProxyError", "connect", "named_proxy", "proxy_for"]
+__all__ = ["ProxyError", "ProxySettingError", "connect", "named_proxy", "proxy_for"]
 
 _LONGEST_HEAD = 64 * 1024
 _SOCKS_PORT = 1080
@@ -19,6 +20,10 @@ _SOCKS_PORT = 1080
 
 class ProxyError(OSError):
     """A proxy refuses a connection, or cannot be used; the message says why, without a password."""
+
+
+class ProxySettingError(ProxyError):
+    """No proxy that is named so can be used, however often it is tried."""
 
 
 def proxy_for(host: str) -> str:
@@ -38,11 +43,11 @@ def named_proxy(host: str) -> str:
     """Return the URL, without its password, of the proxy for a host; empty if none is needed.
 
     Raises:
-        ProxyError: If the URL cannot be read.
+        ProxySettingError: If no connection can be opened through such a proxy.
     """
     proxy = proxy_for(host)
-    if proxy:
-        _parts_of(proxy)
+    if proxy and _parts_of(proxy).scheme.startswith("socks"):
+        _socks(proxy)
     return _shown(proxy) if proxy else ""
 
 
@@ -58,8 +63,8 @@ async def connect(host: str, port: int, proxy: str = "") -> socket.socket:
         A connected socket that does not block.
 
     Raises:
-        ProxyError: If the proxy refuses, cannot be reached, or is of an unknown kind, or if its URL
-            cannot be read.
+        ProxySettingError: If the proxy's URL cannot be read, or is of an unknown kind.
+        ProxyError: If the proxy refuses, or cannot be reached.
         OSError: If the connection cannot be opened.
     """
     if not proxy:
@@ -85,8 +90,8 @@ def _parts_of(proxy: str) -> urllib.parse.SplitResult:
     """Return the parts of a proxy's URL.
 
     Raises:
-        ProxyError: If it has none, or is of an unknown kind. A URL that cannot be read is not in
-            the message, as the password may be anywhere.
+        ProxySettingError: If it has none, or is of an unknown kind. A URL that cannot be read is
+            not in the message, as the password may be anywhere.
     """
     try:
         url = urllib.parse.urlsplit(proxy)
@@ -95,16 +100,18 @@ def _parts_of(proxy: str) -> urllib.parse.SplitResult:
     except ValueError:  # the port is no number, or too large
         is_read = False
     if not is_read:
-        raise ProxyError(
+        raise ProxySettingError(
             "HTTPS_PROXY or ALL_PROXY cannot be read: it must be like "
-            "http://user:password@host:port, and in a user name or password, '#' is written as "
-            "%23, '/' as %2F, '?' as %3F and '@' as %40"
+            "http://user:password@host:port with a port of 1 to 65535, and in a user name or "
+            "password, '#' is written as %23, '/' as %2F, '?' as %3F and '@' as %40"
         )
-    if not url.scheme.startswith("socks") and (url.scheme != "http" or not url.hostname):
-        raise ProxyError(
+    if not url.scheme.startswith("socks") and url.scheme != "http":
+        raise ProxySettingError(
             f"the proxy {_shown(proxy)} is of an unknown kind: http://host:port and "
             f"socks5://host:port are known"
         )
+    if not url.hostname:
+        raise ProxySettingError(f"the proxy {_shown(proxy)} (HTTPS_PROXY, ALL_PROXY) has no host")
     return url
 
 
@@ -131,22 +138,32 @@ async def _ask(connection: socket.socket, proxy: str, target: str) -> None:
         raise ProxyError(f"the proxy {_shown(proxy)} does not connect to {target}: {why}")
 
 
-async def _over_socks(proxy: str, host: str, port: int) -> socket.socket:
+def _socks(proxy: str) -> tuple[Any, type[Exception]]:
+    """Return the class of connections through SOCKS proxies, and its error.
+
+    Raises:
+        ProxySettingError: If what they need is not installed.
+    """
     try:
         from python_socks import ProxyError as SocksError
         from python_socks.async_.asyncio import Proxy
     except ImportError:
-        raise ProxyError(
-            f"the proxy {_shown(proxy)} speaks SOCKS: install it with `pip install "
+        raise ProxySettingError(
+            f"the proxy {_shown(proxy)} speaks SOCKS: install what that needs with `pip install "
             f"'cloudexec[socks]'`"
         ) from None
+    return Proxy, SocksError
+
+
+async def _over_socks(proxy: str, host: str, port: int) -> socket.socket:
+    proxies, refusals = _socks(proxy)
     # The "h" (and "a") asks the proxy to look up names, which rdns=True does in any case.
     url = proxy.replace("socks5h://", "socks5://").replace("socks4a://", "socks4://")
     if url.startswith("socks://"):
         url = url.replace("socks://", "socks5://")
     try:
-        found = await Proxy.from_url(url, rdns=True).connect(host, port)
-    except SocksError as exc:
+        found: socket.socket = await proxies.from_url(url, rdns=True).connect(host, port)
+    except refusals as exc:
         why = f"the proxy {_shown(proxy)} does not connect to {host}:{port}: {exc}"
         raise ProxyError(why) from exc
     found.setblocking(False)

@@ -18,7 +18,7 @@ from typing import Any
 
 from cloudexec._relay.handshake import ACCEPT, REGISTER, Line, RelayRefusedError, greet
 from cloudexec._relay.joining import join, prepare
-from cloudexec._relay.proxies import connect, proxy_for
+from cloudexec._relay.proxies import ProxySettingError, connect, proxy_for
 
 __all__ = ["Registration", "main"]
 
@@ -78,7 +78,7 @@ class Registration:
                     async with asyncio.timeout(CONNECT_TIMEOUT):
                         line = await self._connect(REGISTER)
                 except OSError as exc:
-                    is_refused = isinstance(exc, RelayRefusedError)
+                    is_refused = isinstance(exc, (RelayRefusedError, ProxySettingError))
                     self._tell("refused" if is_refused else "lost", _why(exc))
                 else:
                     pause = _SHORTEST_PAUSE

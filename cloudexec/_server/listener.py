@@ -33,6 +33,8 @@ _STOP_TIMEOUT = 5.0
 """Seconds that the server may take to close its connections."""
 _REGISTER_TIMEOUT = 60.0
 """Seconds within which the server must be registered with the relay."""
+_REGISTER_USUALLY = 5.0
+"""Seconds after which a warning says that it is not registered yet, and why."""
 
 
 class Listener:
@@ -184,10 +186,17 @@ class Listener:
             network.moving.on_move = tunnel.move
             if network.moving.address != relay:
                 tunnel.move(network.moving.address)
-        if not await tunnel.registered(_REGISTER_TIMEOUT):
+        saying = asyncio.ensure_future(self._say_why(relay, tunnel))
+        try:
+            is_registered = await tunnel.registered(_REGISTER_TIMEOUT)
+        finally:
+            saying.cancel()
+        if not is_registered:
+            # OpenSSH has settings of its own.
+            by = "" if relay.startswith("ssh://") else " (HTTPS_PROXY names a proxy)"
             raise LaunchError(
                 f"cannot reach the relay at {relay}: {tunnel.why}; is it still "
-                f"there, and may this machine open connections to it (HTTPS_PROXY names a proxy)?"
+                f"there, and may this machine open connections to it{by}?"
             )
         return tunnel.target
 
@@ -200,6 +209,16 @@ class Listener:
             # Said once, however often it is dialed.
             _logger.warning("the connection to the relay is lost, and dialed again: %s", why)
         self._at_relay.discard(relay)
+
+    async def _say_why(self, relay: str, tunnel: Tunnel) -> None:
+        """Say once that a relay cannot be reached yet; one that starts needs some seconds."""
+        await asyncio.sleep(_REGISTER_USUALLY)
+        _logger.warning(
+            "the relay at %s cannot be reached yet, and is tried for %g s in all: %s",
+            relay,
+            _REGISTER_TIMEOUT,
+            tunnel.why or "no answer",
+        )
 
     def close_direct(self) -> None:
         """Close the direct channel."""

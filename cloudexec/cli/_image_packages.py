@@ -38,7 +38,7 @@ def engine_or_none(spec: ImageSpec) -> Engine | None:
 
 def push_layers(
     spec: ImageSpec,
-    source: str,
+    source: str | None,
     exclude: Sequence[str],
     extra: Sequence[str],
     profile: Profile,
@@ -49,7 +49,7 @@ def push_layers(
 
     Args:
         spec: Base, Python, platform and files.
-        source: As for ``Packages``; empty: the requirements of ``spec``, or none.
+        source: As for ``Packages``; ``None``: the requirements of ``spec``, or none.
         exclude: As for ``Packages``.
         extra: As for ``Packages``.
         profile: Names the repository, and gets the image.
@@ -64,15 +64,16 @@ def push_layers(
     from cloudexec._environment.assembly import Pushed
     from cloudexec._environment.packages import Packages
 
-    if source and spec.requirements is not None:
+    if source is not None and spec.requirements is not None:
         raise CommandError("give either --packages or --requirements")
     if spec.packages or spec.builder:
         option = "--apt" if spec.packages else "--builder"
         raise CommandError(
             f"{option} needs a container engine: give it without --packages, --exclude and --extra"
         )
+    usual = spec.requirements or ("here" if exclude or extra else "none")
     packages = Packages(
-        source=source or spec.requirements or ("here" if exclude or extra else "none"),
+        source=usual if source is None else source,
         exclude=exclude,
         extra=extra,
         base=spec.base,

@@ -135,7 +135,6 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
 @click.option(
     "--packages",
     "source",
-    default="",
     metavar="here|none|FILE",
     help="Make the image without a container engine: with the packages that are installed here, "
     "only the worker's own, or those of a requirements file, pyproject.toml or uv.lock.",
@@ -154,7 +153,7 @@ def build_command(refresh: bool, is_verbose: bool, **options: Any) -> None:
 @profile_option("Profile that names the repository, and then uses the image.", default="default")
 @ends_well
 def push_command(
-    source: str,
+    source: str | None,
     exclude: tuple[str, ...],
     extra: tuple[str, ...],
     refresh: bool,
@@ -176,7 +175,7 @@ def push_command(
 
     spec = _spec(**options)
     noted = Profile.load(profile)
-    by_layers = bool(source or exclude or extra)
+    by_layers = source is not None or bool(exclude or extra)
     engine = None if by_layers else engine_or_none(spec)
     if engine is None:
         push_layers(spec, source, exclude, extra, noted, refresh=refresh)

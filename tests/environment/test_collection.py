@@ -1193,6 +1193,55 @@ def test_private_index_is_used_and_its_password_stays_here(
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("project", "said"),
+    [
+        ("dependencies = ['six=>2']", r"pyproject\.toml: 'six=>2' is not a requirement such as"),
+        ("requires-python = '>=3.99'", r"requires Python >=3\.99, and workers have Python 3"),
+        ("requires-python = 'new'", r"requires-python='new' names no versions"),
+    ],
+)
+def test_a_project_that_no_worker_can_have_is_refused(
+    collect: Collecting, tmp_path: Path, project: str, said: str
+) -> None:
+    file = tmp_path / "pyproject.toml"
+    file.write_text(f"[project]\nname = 'x'\nversion = '1'\n{project}\n")
+    if "dependencies" not in project:
+        file.write_text(f"{file.read_text()}dependencies = []\n")
+    with pytest.raises(ConfigError, match=said):
+        collect(HERE, source=file)
+
+
+def test_options_with_their_values_behind_them_are_read(
+    client: Client, collect: Collecting, tmp_path: Path, of_files: Target
+) -> None:
+    """As pip reads them, whichever installer is here, also in an included file."""
+    for version in ("1.0", "2.0"):
+        make_wheel(client.wheels, "thing", version)
+    file = tmp_path / "requirements.txt"
+    file.write_text("-r parts.txt\n")
+    (tmp_path / "parts.txt").write_text("-rmore.txt\n-climits.txt\n")
+    (tmp_path / "more.txt").write_text("thing\n")
+    (tmp_path / "limits.txt").write_text("thing<2\n")
+    assert collect(of_files, source=file)["thing"].version == "1.0"
+
+
+@pytest.mark.parametrize(
+    "line", ["x @ {}/x-1-py3-none-any.whl?token=hunter2", "-f {}/x?sig=hunter2&key=hunter2\nx"]
+)
+def test_query_of_an_address_is_in_no_message(
+    collect: Collecting, tmp_path: Path, of_files: Target, line: str
+) -> None:
+    """Addresses that somebody has signed have the signature there."""
+    file = tmp_path / "requirements.txt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        file.write_text(line.format(f"http://127.0.0.1:{probe.getsockname()[1]}"))
+        with pytest.raises(ConfigError) as caught:
+            collect(of_files, source=file)
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("password", ["hunter2", "hun@ter2"])
 @pytest.mark.parametrize("form", ["gone @ {}/gone-1.0-py3-none-any.whl", "{} is none"])
 def test_password_in_a_requirement_is_in_no_message(

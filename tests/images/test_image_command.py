@@ -157,3 +157,11 @@ def test_show_without_an_engine_still_shows_the_rest(monkeypatch: pytest.MonkeyP
 def test_wrong_options_end_with_code_2(arguments: list[str]) -> None:
     """Nothing is asked of an engine."""
     assert command("build", *arguments).exit_code == 2
+
+
+def test_packages_that_are_named_by_nothing_are_refused() -> None:
+    """As by a variable of the shell that is not set: no image without packages is meant."""
+    Profile(name="default", region="eu-central-1", repository=REPOSITORY).save()
+    result = command("push", "--packages", "")
+    assert result.exit_code == 2
+    assert "packages must be 'here', 'none' or the path of a file, not ''" in result.output

@@ -410,6 +410,9 @@ def test_doctor_refuses_what_no_executor_takes(
     [
         ("203.0.113.5:443", "http://me:secret@p.test:8080", 0, "by the proxy http://p.test:8080"),
         ("true", "socks5h://p.test", 0, "by the proxy socks5h://p.test"),
+        ("127.0.0.1:9", "http://p.test:8080", 1, "127.0.0.1 is an address that each machine has"),
+        ("[::1]:443", "http://p.test:8080", 1, "::1 is an address that each machine has"),
+        ("203.0.113.5:443", "http://", 1, "the proxy http:// (HTTPS_PROXY, ALL_PROXY) has no host"),
         ("203.0.113.5:443", "http://me:sec#ret@p.test:8080", 1, "HTTPS_PROXY or ALL_PROXY cannot"),
         ("true", "https://me:secret@p.test:8080", 1, "https://p.test:8080 is of an unknown kind"),
         ("ssh://me@203.0.113.5", "http://p.test:8080", 0, ": from CLOUDEXEC_RELAY\n"),

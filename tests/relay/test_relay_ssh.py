@@ -150,7 +150,9 @@ def test_a_host_that_opens_ports_for_itself_alone_is_an_error_that_says_so(sshd:
     [
         *("ssh://", "ssh://-oProxyCommand=x", "somewhere", "ssh://a:secret@c", "ssh://a:99999"),
         *("ssh://a/path", "ssh://a?query", "ssh://a#fragment", "ssh://a:sec/secret@c"),
-        *("host:ssh", "host:0", "host:99999", "https://host:443", "me@host:22"),
+        *("ssh://a b@c", "ssh://a@@b", "ssh://a@b?X-Token=secret"),
+        *("host:ssh", "host:0", "host:99999", "https://host:443", "me@host:22", "::1:443"),
+        *("me:secret@host:443", "http://me:secret@host:443", "me:sec/secret@host", "a b:443"),
     ],
 )
 def test_what_is_no_relay_is_refused(url: str) -> None:
@@ -159,3 +161,15 @@ def test_what_is_no_relay_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="relay must be") as caught:
         Batch(relay=url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ssh://me:secret@c", r"'ssh://\*\*\*\*@c': OpenSSH takes no password from an address"),
+        ("ssh://me@c/path", r"'ssh://me@c/path': nothing may follow the host and its port"),
+    ],
+)
+def test_what_is_wrong_with_an_address_is_said(url: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Batch(relay=url)
