@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ from cloudexec._log import Log
 __all__ = ["Collection"]
 
 _logger = Log()
+_NAME = re.compile(r"[\w.-]+")
+"""The name at the beginning of a requirement."""
 
 _REMEDIES = (
     "Leave it out if tasks do not need it (exclude=), name a version that has a wheel (extra=), or "
@@ -167,8 +170,12 @@ class Collection:
 
     def _check_exclude(self) -> None:
         """Warn of names to leave out that are no package's: they are most likely misspelled."""
-        loose = {canonicalize_name(_module(path)) for path in self._inventory.loose}
-        there = self._installed.keys() | loose | self._left_out
+        there = self._installed.keys() | self._left_out
+        there |= {canonicalize_name(_module(path)) for path in self._inventory.loose}
+        if not there.issuperset(map(canonicalize_name, self._packages.exclude)):
+            # Also what is required on other machines alone.
+            texts = [text for each in self._installed.values() for text in each.requires]
+            there |= {canonicalize_name(found[0]) for text in texts if (found := _NAME.match(text))}
         for name in self._packages.exclude:
             if canonicalize_name(name) not in there:
                 close = difflib.get_close_matches(canonicalize_name(name), sorted(there), 1)

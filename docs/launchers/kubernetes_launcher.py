@@ -185,8 +185,10 @@ class KubernetesPlatform(Platform):
         for pod in sorted(listed["items"], key=lambda each: each["metadata"]["creationTimestamp"]):
             index = int(pod["metadata"]["annotations"][INDEX])
             workers[index] = await self._worker(pod, index, inspection)
-            if index in self._doomed.get(inspection.job_id, ()):
-                # It was made after its worker was to end, perhaps in the place of a deleted one.
+            # It was made after its worker was to end, perhaps in the place of a deleted one.
+            is_late = index in self._doomed.get(inspection.job_id, ())
+            is_ending = "deletionTimestamp" in pod["metadata"]
+            if is_late and not is_ending and workers[index].phase is not Phase.ENDED:
                 await self._delete(f"{self._core}/pods/{pod['metadata']['name']}")
         reasons = [each.reason for each in workers.values() if each.reason]
         if not listed["items"] and not is_over:
