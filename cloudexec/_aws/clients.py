@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import os
+import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -439,6 +440,15 @@ def _way_to_aws() -> str:
     """Say what to check if AWS cannot be reached."""
     proxies = urllib.request.getproxies()
     over = proxies.get("https", "")
+    try:
+        is_read = urllib.parse.urlsplit(over if "://" in over else f"http://{over}").port != 0
+    except ValueError:
+        is_read = False
+    if not is_read:
+        return (
+            "HTTPS_PROXY cannot be read: it must be like http://user:password@host:port, with a "
+            "port of 1 to 65535"
+        )
     if over.startswith("socks"):
         return (
             "HTTPS_PROXY names a SOCKS proxy, but the AWS SDK takes HTTP proxies only: run an "

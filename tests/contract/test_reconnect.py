@@ -270,9 +270,9 @@ def test_who_stays_away_too_long_is_replaced_and_told_to_stop(
     log = tmp_path / "log"
     with _Cluster(1, reconnect_grace=0.5) as cluster:
         executor = cluster.executor
+        executor.submit(pow, 2, 3).result(PATIENCE)  # the client has heard that it is ready
         future = executor.submit(_meet, signals.told, signals.gate, str(log), 5)
         signals.wait()
-        until(lambda: cluster.executor.stats().tasks.running)
         workers = supervisors()
         for worker in workers:
             worker.send_signal(signal.SIGSTOP)  # else it is back before the grace is over
@@ -292,11 +292,11 @@ def test_who_stays_away_too_long_is_replaced_and_told_to_stop(
 
 def test_without_grace_a_cut_is_a_loss(signals: Signals, tmp_path: Path) -> None:
     with _Cluster(1, reconnect_grace=0) as cluster:
+        cluster.executor.submit(pow, 2, 3).result(PATIENCE)  # the client heard that it is ready
         future = cluster.executor.submit(
             _meet, signals.told, signals.gate, str(tmp_path / "log"), 5
         )
         signals.wait()
-        until(lambda: cluster.executor.stats().tasks.running)
         cluster.link.cut()
         signals.wait()
         signals.release(2)

@@ -1026,6 +1026,7 @@ def test_client_moves_objects_through_the_same_proxy_with_the_same_certificates(
     [
         ({"https_proxy": "socks5h://127.0.0.1:9"}, "the AWS SDK takes HTTP proxies only"),
         ({"all_proxy": "socks5h://127.0.0.1:9"}, "the AWS SDK does not use ALL_PROXY"),
+        ({"https_proxy": "http://me:s3c@127.0.0.1:99999"}, "HTTPS_PROXY cannot be read: .* 65535"),
         (
             {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"},
             "connect to the endpoint URL: .*check the network, proxies and the region",
@@ -1042,5 +1043,7 @@ def test_where_aws_cannot_be_reached_proxies_that_its_sdk_does_not_use_are_named
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{port}")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(AwsError, match=said):
+    monkeypatch.setattr("cloudexec._aws.clients._ATTEMPTS", 1)
+    with pytest.raises(AwsError, match=said) as caught:
         asyncio.run(_identity())
+    assert "s3c" not in str(caught.value)
