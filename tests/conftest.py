@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
@@ -78,10 +79,11 @@ def pytest_runtest_makereport(
     aws = getattr(item, "funcargs", {}).get("aws")
     # By its name, as its module is not there in each environment that tests run in.
     if report.when == "call" and report.failed and type(aws).__name__ == "FakeAWS":
-        for job in aws.jobs():
-            if job.exit_code not in (None, 0, 143):
-                last = "\n".join(aws.logs(job.job_id)[-40:])
-                report.sections.append((f"Log of job {job.job_id}, {job.status_reason}", last))
+        with contextlib.suppress(RuntimeError):  # the test has ended its emulation itself
+            for job in aws.jobs():
+                if job.exit_code not in (None, 0, 143):
+                    last = "\n".join(aws.logs(job.job_id)[-40:])
+                    report.sections.append((f"Log of job {job.job_id}, {job.status_reason}", last))
     return report
 
 

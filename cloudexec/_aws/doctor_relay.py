@@ -52,6 +52,6 @@ def by_proxy(found: str, relay: str = "192.0.2.1:443") -> tuple[str, str]:
     try:
         proxy = named_proxy(relay.rpartition(":")[0].strip("[]"))
     except ProxyError as exc:
-        remedy = "install that" if "pip install" in str(exc) else "correct that variable"
+        remedy = "correct that variable, or install what it needs"
         return f"{found}; but this side cannot connect to it: {exc}", remedy
     return (f"{found}; this side connects to it by the proxy {proxy}" if proxy else found), ""

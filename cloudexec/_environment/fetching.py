@@ -9,12 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from packaging.utils import canonicalize_name
 
@@ -25,6 +23,7 @@ from cloudexec._environment.local_requirements import (
     local_of,
     masked,
     project_name,
+    project_table,
     refuse_local,
 )
 from cloudexec._environment.target import Target
@@ -121,13 +120,15 @@ class Installer:
             if file.name == "uv.lock":
                 given = stack.enter_context(_requirements_file(self._export(file)))
             elif file.suffix == ".toml":
-                refuse_local(file)
                 _check_project(file, target)
+                refuse_local(file)
                 if is_dynamic(file):
                     given = stack.enter_context(_requirements_file(["./"]))
                     exclude = frozenset()  # Its wheel alone says what it requires.
                 elif not self.is_uv:
-                    given = stack.enter_context(_requirements_file(_dependencies(file)))
+                    given = stack.enter_context(
+                        _requirements_file(project_table(file).get("dependencies", ()))
+                    )
             if given.suffix == ".txt":
                 given = stack.enter_context(self._with_wheels(given, file, exclude))
             done = self._run(
@@ -312,18 +313,6 @@ def names_of(requirements: Iterable[str]) -> list[str]:
     return names
 
 
-def _project_of(file: Path) -> Mapping[str, Any]:
-    try:
-        project: Any = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"{file} cannot be read: {exc}") from exc
-    return project if isinstance(project, dict) else {}
-
-
-def _dependencies(file: Path) -> list[str]:
-    return [str(each) for each in _project_of(file).get("dependencies", ())]
-
-
 def _check_project(file: Path, target: Target) -> None:
     """Refuse a ``pyproject.toml`` that no worker on a target can have.
 
@@ -332,11 +321,12 @@ def _check_project(file: Path, target: Target) -> None:
     """
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
+    project = project_table(file)
     try:
-        names_of(_dependencies(file))
+        names_of(project.get("dependencies", ()))
     except ConfigError as exc:
         raise ConfigError(f"{file}: {exc}") from None
-    text = str(_project_of(file).get("requires-python", ""))
+    text = str(project.get("requires-python", ""))
     try:
         wanted = SpecifierSet(text)
     except InvalidSpecifier as exc:

@@ -25,6 +25,7 @@ __all__ = [
     "masked",
     "places_of",
     "project_name",
+    "project_table",
     "refuse_local",
 ]
 
@@ -70,11 +71,7 @@ def _lines_of(file: Path, seen: set[Path]) -> Iterator[str]:
     if file in seen:
         return
     seen.add(file)
-    try:
-        text = file.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as exc:
-        raise ConfigError(f"{file} cannot be read: {exc.strerror}") from exc
-    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+    for line in re.sub(r"\\\r?\n", " ", _text_of(file)).splitlines():
         plain = _COMMENT.sub("", line).strip()
         included = _INCLUDE.fullmatch(plain)
         if included is None:
@@ -87,6 +84,13 @@ def _lines_of(file: Path, seen: set[Path]) -> Iterator[str]:
             yield from _lines_of(place, seen)
         else:
             yield f"{option} {place.absolute()}"
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as exc:
+        raise ConfigError(f"{file} cannot be read: {exc.strerror}") from exc
 
 
 def all_lines_of(file: Path) -> list[str]:
@@ -168,7 +172,7 @@ def is_for_pip_only(file: Path) -> bool:
     """
     seen: set[Path] = set()
     list(_lines_of(file, seen))
-    return any(_GLUED.search(each.read_text(errors="replace")) for each in seen)
+    return any(_GLUED.search(_text_of(each)) for each in seen)
 
 
 def places_of(file: Path) -> list[Path]:
@@ -201,6 +205,22 @@ def project_name(project: Path) -> str:
     data = _toml(file)
     name = data.get("project", data.get("tool", {}).get("poetry", {})).get("name", "")
     return canonicalize_name(str(name))
+
+
+def project_table(file: Path) -> dict[str, Any]:
+    """Return the table ``[project]`` of a ``pyproject.toml``; empty: it has none.
+
+    Raises:
+        ConfigError: If the file cannot be read, or the table or its dependencies are something
+            else.
+    """
+    table = _toml(file).get("project", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: project must be a table, not {table!r}")
+    needs = table.get("dependencies", [])
+    if not isinstance(needs, list) or not all(isinstance(each, str) for each in needs):
+        raise ConfigError(f"{file}: dependencies must be a list of strings, not {needs!r}")
+    return table
 
 
 def is_dynamic(file: Path) -> bool:

@@ -1200,6 +1200,8 @@ def test_private_index_is_used_and_its_password_stays_here(
         ("dependencies = ['six=>2']", r"pyproject\.toml: 'six=>2' is not a requirement such as"),
         ("requires-python = '>=3.99'", r"requires Python >=3\.99, and workers have Python 3"),
         ("requires-python = 'new'", r"requires-python='new' names no versions"),
+        ("dependencies = 'numpy'", r"dependencies must be a list of strings, not 'numpy'"),
+        ("dependencies = [3]", r"dependencies must be a list of strings, not \[3\]"),
     ],
 )
 def test_a_project_that_no_worker_can_have_is_refused(
@@ -1221,7 +1223,7 @@ def test_options_with_their_values_behind_them_are_read(
         make_wheel(client.wheels, "thing", version)
     file = tmp_path / "requirements.txt"
     file.write_text("-r parts.txt\n")
-    (tmp_path / "parts.txt").write_text("-rmore.txt\n-climits.txt\n")
+    (tmp_path / "parts.txt").write_text("\ufeff-rmore.txt\n-climits.txt\n", encoding="utf-8")
     (tmp_path / "more.txt").write_text("thing\n")
     (tmp_path / "limits.txt").write_text("thing<2\n")
     assert collect(of_files, source=file)["thing"].version == "1.0"
