@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -316,6 +317,60 @@ def test_a_task_has_none_of_the_state_of_the_thread_that_submits(tmp_path: Path)
         """,
     )
     assert found == ["(None, [], True, True, False, True, True, 1, set(), 'slept')", "None"]
+
+
+def test_a_task_has_no_thread_local_data_of_the_program(tmp_path: Path) -> None:
+    """What a library keeps for each thread, such as a connection, is made anew in a worker."""
+    found = run_script(
+        tmp_path,
+        """
+        import contextvars, inspect, threading
+        from cloudexec import BatchExecutor
+
+        class Prepared(threading.local):
+            def __init__(self, value):
+                self.value = value
+
+        # Of a module, as what is of the script is sent by value.
+        inspect.bare, inspect.prepared = threading.local(), Prepared(1)
+        inspect.variable = contextvars.ContextVar("variable")
+        inspect.bare.value, inspect.prepared.value = 2, 2
+        inspect.variable.set(2)
+
+        def look():
+            return vars(inspect.bare), inspect.prepared.value, inspect.variable.get(None)
+
+        with BatchExecutor(1) as executor:
+            print(executor.submit(look).result())
+        print(inspect.bare.value, inspect.prepared.value, inspect.variable.get())
+        """,
+    )
+    assert found == ["({}, 1, None)", "2 2 2"]
+
+
+@pytest.mark.parametrize("has_threads", [False, True], ids=["copy", "fresh"])
+def test_memory_is_allocated_without_locks(has_threads: bool, tmp_path: Path) -> None:
+    """In a process with a second thread, or forked from one, glibc's malloc() takes locks."""
+    if not hasattr(ctypes.CDLL(None), "__libc_single_threaded"):
+        pytest.skip("this C library does not say whether it takes locks")
+    found = run_script(
+        tmp_path,
+        f"""
+        import ctypes, threading
+        from cloudexec import BatchExecutor
+
+        def is_single():
+            return ctypes.c_char.in_dll(ctypes.CDLL(None), "__libc_single_threaded").value
+
+        go_on = threading.Event()
+        if {has_threads}:
+            threading.Thread(target=go_on.wait).start()
+        with BatchExecutor(1) as executor:
+            print(executor.submit(is_single).result())
+        go_on.set()
+        """,
+    )
+    assert found == [r"b'\x01'"]
 
 
 def test_the_other_end_of_what_the_client_closes_sees_that(tmp_path: Path) -> None:
