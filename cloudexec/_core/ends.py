@@ -84,6 +84,7 @@ class Ends:
         if worker is None or worker.stage is Stage.CLOSED:
             return False
         worker.why = event.reason
+        worker.unheard = event.unheard or event.may_return
         if worker.stage is Stage.REPORTED:
             self._lose(worker, now)
         elif event.may_return and worker.told_at is None and not worker.has_drained:
@@ -115,6 +116,7 @@ class Ends:
             return
         if worker.stage is Stage.CUT:
             self._enter(worker, Stage.CONNECTED)
+        worker.unheard = False  # it sends again what may be lost
         if event.has_reported and worker.cut_at is not None and worker.told_at is None:
             self._pool.mend(worker, now)
 

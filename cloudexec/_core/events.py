@@ -155,12 +155,14 @@ class ConnectionEnded(Event):
         reason: Why, in words.
         may_return: Whether the worker may live, work on, and connect again.
         may_report: Whether the launcher may still report how the worker's process ended.
+        unheard: Whether the worker's last messages may be lost. They also may if it may return.
     """
 
     worker: str
     reason: str
     may_return: bool = False
     may_report: bool = True
+    unheard: bool = False
 
 
 @record

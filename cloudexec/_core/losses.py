@@ -182,9 +182,10 @@ class Losses:
             worker: The worker.
             end: How it was lost, be it reported or not.
             now: The time.
-            unheard: Whether its last messages may be lost. They may also be if it was cut off.
+            unheard: Whether its last messages may be lost. They may also be because of the way in
+                which its connection has ended.
         """
-        unheard = unheard or worker.cut_at is not None
+        unheard = unheard or worker.unheard or worker.cut_at is not None
         expected = worker.has_drained
         attempts = worker.attempts()
         sizes = [attempt.task.size for attempt in attempts]

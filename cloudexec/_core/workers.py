@@ -158,6 +158,7 @@ class Worker:
         stage: How far its end has come.
         report: The launcher's report that its process has ended.
         why: Why its connection has ended, in words.
+        unheard: Whether its connection has ended in such a way that its last messages may be lost.
         told_at: When it was told to end at once; ``None`` otherwise.
         until: The time at which it is lost if nothing else happens; ``None`` if there is none.
     """
@@ -191,6 +192,7 @@ class Worker:
         self.stage = Stage.CONNECTED
         self.report: ProcessEnded | None = None
         self.why = ""
+        self.unheard = False
         self.told_at: float | None = None
         self.until: float | None = None
 

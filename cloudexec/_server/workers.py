@@ -246,13 +246,14 @@ class Workers:
             )
         )
 
-    def disconnected(self, session: Any, reason: str, *, cut: bool) -> None:
+    def disconnected(self, session: Any, reason: str, *, cut: bool, unheard: bool) -> None:
         """Note that a worker's connection has ended.
 
         Args:
             session: The worker's session.
             reason: Why the connection ended, in words.
             cut: Whether the connection failed, so that the worker may connect again.
+            unheard: Whether the worker's last messages may be lost.
         """
         worker = session.worker_id
         if self._sessions.get(worker) is not session:
@@ -270,5 +271,6 @@ class Workers:
                 reason,
                 may_return=cut and session.resumable and is_open,
                 may_report=is_open,
+                unheard=unheard,
             )
         )

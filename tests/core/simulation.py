@@ -325,11 +325,9 @@ class SimulatedWorker:
         for_good = world.scattered and world.ends.random() < 0.1
 
         def notice() -> None:
-            # A worker that sent something wrong may not return. If that was its first message, the
-            # machine cannot know whether a task has begun.
-            known = world.machine.workers.get(self.name)
-            may_return = not (for_good and known is not None and known.ready)
-            world.tell(events.ConnectionEnded(self.name, "cut", may_return))
+            # A worker that sent something wrong may not return.
+            ended = events.ConnectionEnded(self.name, "cut", not for_good, unheard=True)
+            world.tell(ended)
 
         world.at(self.noticed_at, notice)
         world.after(max(seconds, noticed + 0.01), self.mend)

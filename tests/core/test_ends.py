@@ -98,6 +98,9 @@ class Life:
     def close(self) -> None:
         self.tell(ConnectionEnded("w", "it has ended"))
 
+    def fail(self) -> None:
+        self.tell(ConnectionEnded("w", "it sent a malformed message", unheard=True))
+
     def close_late(self) -> None:
         self.tell(ConnectionEnded("w", "it has ended", may_report=False))
 
@@ -331,6 +334,28 @@ def test_what_a_worker_said_before_its_connection_hangs_may_be_lost() -> None:
     life.end()
     life.close()
     assert life.outcomes[2] == 0
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (Life.end, Life.cut),
+        (Life.cut, Life.end),
+        (Life.end, Life.fail),
+        (Life.fail, Life.end),
+        (Life.drain, Life.cut, Life.end),
+        (Life.drain, Life.fail),
+    ],
+    ids=lambda steps: " ".join(step.__name__ for step in steps),
+)
+def test_what_a_worker_said_before_its_connection_fails_may_be_lost(steps: Any) -> None:
+    """In whatever order both ends are learnt."""
+    life = Life(ready=False)
+    for step in steps:
+        step(life)
+    life.play_to_its_end()
+    assert life.outcomes[2] == 1
+    assert life.outcomes[1] == 0
 
 
 @pytest.mark.parametrize("step", [Life.end, Life.end_to_start_again])

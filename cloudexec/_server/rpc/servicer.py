@@ -63,13 +63,15 @@ class Servicer:
 
         sending.add_done_callback(sent)
         reason, cut = "its connection was cut", True
+        # On this machine, what a process has sent is read also if it was killed.
+        unheard = not service.direct_path
         try:
             while not is_end(data := await read(context)):
                 message = parse(data)
                 if not session.is_news(message):
                     continue
                 if message.goodbye:
-                    reason, cut = "it has ended", False
+                    reason, cut, unheard = "it has ended", False, False
                 if message.HasField("results") and message.results.blobs:
                     await session.results.await_files(message)
                     await session.results.spill(message)
@@ -77,15 +79,17 @@ class Servicer:
         except (asyncio.CancelledError, ConnectionError):
             if deaf:
                 reason, cut = f"it did not take what was sent: {deaf[0]}", False
+                unheard = True
                 service.refused("malformed message", f"{session.worker_id} is cut off: {reason}")
         except (ValueError, IndexError, DecodeError) as exc:
-            reason, cut = f"it sent a malformed message: {exc}", False
+            reason, cut, unheard = f"it sent a malformed message: {exc}", False, True
             service.refused("malformed message", f"{session.worker_id} is cut off: {reason}")
         except Exception as exc:
             reason, cut = f"what it sent could not be taken ({type(exc).__name__}: {exc})", False
+            unheard = True
             _logger.exception("internal error with a message from %s", session.worker_id)
         finally:
             sending.cancel()
             if session.is_read_by(reading):  # otherwise a newer connection has taken over
                 session.detach()
-                service.workers.disconnected(session, reason, cut=cut)
+                service.workers.disconnected(session, reason, cut=cut, unheard=unheard)
