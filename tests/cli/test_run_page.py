@@ -59,8 +59,10 @@ def test_the_commands_of_a_page_print_what_it_shows(
     run_here: Callable[..., subprocess.CompletedProcess[str]],
     page: str,
 ) -> None:
-    # Those that the account has set in this process hold, too.
-    environment |= {**os.environ, "COLUMNS": environment["COLUMNS"]}
+    # Those that the account has set in this process hold, too. As in a terminal, lines appear in
+    # the order in which they are printed.
+    more = {"COLUMNS": environment["COLUMNS"], "PYTHONUNBUFFERED": "1"}
+    environment |= {**os.environ, **more}
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
         name, *words = shlex.split(command)
@@ -74,6 +76,7 @@ def test_the_commands_of_a_page_print_what_it_shows(
             text=True,
             timeout=200,
             cwd=folder,
+            env={**os.environ, **more},
             check=False,
         )
 

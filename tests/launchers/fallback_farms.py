@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import subprocess
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -227,6 +227,12 @@ def workers_of(farm: ProcessFarm) -> list[Path]:
 
 def nothing_runs(*farms: ProcessFarm) -> bool:
     """Say whether no worker of these farms is left."""
-    groups = [int(path.read_text()) for farm in farms for path in workers_of(farm)]
-    listed = subprocess.run(["ps", "-eo", "pgid="], capture_output=True, text=True, check=True)
-    return not {int(line) for line in listed.stdout.split()} & set(groups)
+    return not any(_runs(int(path.read_text())) for farm in farms for path in workers_of(farm))
+
+
+def _runs(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
