@@ -1,10 +1,10 @@
 """Runs the whole suite in three steps: in several processes, tests that run alone, failed tests.
 
-Most tests wait longer than they compute, so pytest-xdist runs them in twice as many processes as
-there are cores. Tests that are marked ``alone``, because they measure time, run one at a time after
-all others. A test that has failed runs once more, alone, at the very end. If it passes then, it is
-listed as FLAKY with its output of the first time. Three such tests are accepted; with a fourth the
-run fails.
+Most tests wait longer than they compute, so pytest-xdist runs them in three times as many processes
+as there are cores. Tests that are marked ``alone``, because they measure time, run one at a time
+after all others. A test that has failed runs once more, alone, at the very end. If it passes then,
+it is listed as FLAKY with its output of the first time. Three such tests are accepted; with a
+fourth the run fails.
 
 ``--suite=auto``, the default, does this if no tests are selected. ``on`` does it always and ``off``
 never. With ``-x`` or ``--maxfail`` no test runs twice.
@@ -84,7 +84,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.suite = "off" if selected or option.usepdb or option.collectonly else "on"
     if option.suite == "on" and hasattr(option, "numprocesses") and not option.tx:
         if option.numprocesses is None:
-            option.numprocesses = min(8, 2 * (os.cpu_count() or 1))
+            option.numprocesses = min(8, 3 * (os.cpu_count() or 1))
         if option.numprocesses and option.dist == "no":
             option.dist = "loadfile"
 
