@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["address_of", "prefer_large_pages", "room_for"]
+__all__ = ["address_of", "bytes_from", "prefer_large_pages", "room_for"]
 
 _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 if _madvise is not None:
@@ -15,6 +16,9 @@ if _madvise is not None:
 _LARGE_PAGES_FROM = 4 * 1024 * 1024
 _resize = ctypes.pythonapi.PyByteArray_Resize
 _resize.argtypes = [ctypes.py_object, ctypes.c_ssize_t]
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
+_new_bytes.restype = ctypes.py_object
 
 
 def prefer_large_pages(buffer: Any) -> None:
@@ -43,6 +47,27 @@ def room_for(size: int) -> bytearray:
     _resize(room, size)
     prefer_large_pages(room)
     return room
+
+
+def bytes_from(fill: Callable[[memoryview], int], size: int) -> bytes:
+    """Return bytes that are filled in place, and not copied from a buffer.
+
+    Args:
+        fill: Fills a buffer from its start, and returns how many bytes it has written.
+        size: The largest number of bytes.
+
+    References:
+        ``PyBytes_FromStringAndSize()`` without a string makes bytes of undefined content, which
+        may be written to as long as nothing else knows them (Python/C API, "Bytes Objects").
+    """
+    data: bytes = _new_bytes(None, size)
+    if not size:
+        return data
+    view = memoryview((ctypes.c_ubyte * size).from_address(address_of(data))).cast("B")
+    if size >= _LARGE_PAGES_FROM:
+        prefer_large_pages(view)
+    done = fill(view)
+    return data if done == size else data[:done]
 
 
 class _Buffer(ctypes.Structure):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "END_RECORD",
+    "LARGE",
     "Composed",
     "Held",
     "Payload",
@@ -45,7 +46,7 @@ IN_BAND, BUFFER, READONLY_BUFFER, END = 0, 1, 2, 3
 IN_BAND_BLOB, BUFFER_BLOB, READONLY_BLOB, HEAD_BLOB = 4, 5, 6, 7
 END_RECORD = RECORD.pack(END, 0)
 _loads = pickle.loads
-_LARGE = 4 * 1024 * 1024
+LARGE = 4 * 1024 * 1024
 """Buffers of fewer bytes do not need ``_memory``, which is then not imported."""
 
 
@@ -53,6 +54,12 @@ def _prefer_large_pages(buffer: Any) -> None:
     from cloudexec._memory import prefer_large_pages
 
     prefer_large_pages(buffer)
+
+
+def _bytes_from(fill: Callable[[memoryview], int], size: int) -> bytes:
+    from cloudexec._memory import bytes_from
+
+    return bytes_from(fill, size)
 
 
 class Source(Protocol):
@@ -109,7 +116,7 @@ class _RecordReader:
 
     def readinto(self, target: Any) -> int:
         view = memoryview(target).cast("B")
-        if len(view) >= _LARGE:
+        if len(view) >= LARGE:
             _prefer_large_pages(view)
         at = 0
         while at < len(view):
@@ -124,15 +131,20 @@ class _RecordReader:
     def read(self, size: int = -1) -> bytes:
         if size < 0:
             raise pickle.UnpicklingError("unbounded read of a payload")
-        data = self._room(size)
-        n = self.readinto(data)
-        return bytes(data[:n]) if n < size else bytes(data)
+        self._check(size)
+        if size >= LARGE:
+            return _bytes_from(self.readinto, size)
+        data = bytearray(size)
+        return bytes(memoryview(data)[: self.readinto(data)])
 
-    def _room(self, size: int) -> bytearray:
+    def _check(self, size: int) -> None:
         if size > self._most:
             # If this raised UnpicklingError, the unpickler would take it for the end of the file.
             raise MemoryError(f"{size} bytes are more than a payload may have")
-        if size < _LARGE:
+
+    def _room(self, size: int) -> bytearray:
+        self._check(size)
+        if size < LARGE:
             return bytearray(size)
         from cloudexec._memory import room_for
 
@@ -193,7 +205,7 @@ class _Pieces:
 
     def readinto(self, target: Any) -> int:
         view = memoryview(target).cast("B")
-        if len(view) >= _LARGE:
+        if len(view) >= LARGE:
             _prefer_large_pages(view)
         at = 0
         while at < len(view):
@@ -215,9 +227,10 @@ class _Pieces:
     def read(self, size: int = -1) -> bytes:
         if size < 0:
             raise pickle.UnpicklingError("unbounded read of a payload")
+        if size >= LARGE:
+            return _bytes_from(self.readinto, size)
         data = bytearray(size)
-        n = self.readinto(data)
-        return bytes(data[:n])
+        return bytes(memoryview(data)[: self.readinto(data)])
 
     def readline(self) -> bytes:
         line = bytearray()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ResultPaths", "ResultWriter", "pickling_error", "remedy_for"]
 
+_OWN_FILES = 16
+"""Number of parts of one result from which on further ``bytes`` have no file of their own."""
+
 
 class ResultPaths:
     """The ways by which results leave one slot.
@@ -84,12 +87,29 @@ class ResultWriter:
             self._direct.sendall(_records.record(0, len(data)))
             self._direct.sendall(data)
             return len(data)
+        if len(data) >= _records.LARGE and len(self._places) < _OWN_FILES and not self._goes_direct:
+            # Where it arrives, a part of its own is read into its object, in large pages.
+            self._flush()
+            self._leave(4, [data], len(data))
+            return len(data)
         self._pieces.append(data)
         self._size += len(data)
-        is_large = self._size > INLINE_BYTES
-        if is_large and self._paths.direct_path and not (self._places or self._keep):
+        if self._size > INLINE_BYTES and self._goes_direct:
             self._go_direct()
         return len(data)
+
+    @property
+    def _goes_direct(self) -> bool:
+        return bool(self._paths.direct_path) and not (self._places or self._keep)
+
+    def _flush(self) -> None:
+        """Turn the pieces of the pickle so far into a record."""
+        if self._size > INLINE_BYTES:
+            self._leave(4, self._pieces, self._size)
+        elif self._pieces:
+            pickled = b"".join(self._pieces)
+            self._records += (_records.record(0, len(pickled)), pickled)
+        self._pieces, self._size = [], 0
 
     def _go_direct(self) -> None:
         paths = self._paths
@@ -135,11 +155,7 @@ class ResultWriter:
         if not self._places and self._size <= INLINE_BYTES and not self._keep:
             outlet.put(self._delivery, self._seconds, frames.OK, b"".join(self._pieces))
             return
-        if self._size > INLINE_BYTES:
-            self._leave(4, self._pieces, self._size)
-        else:
-            pickled = b"".join(self._pieces)
-            self._records += (_records.record(0, len(pickled)), pickled)
+        self._flush()
         head = b"".join((*self._records, _records.END_RECORD))
         if len(head) > INLINE_BYTES:
             self._records.clear()

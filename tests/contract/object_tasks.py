@@ -78,6 +78,19 @@ def arrays(count: int, size: int) -> list[Any]:
     return [np.full(size, index % 251, np.uint8) for index in range(count)]
 
 
+def large_parts(count: int, size: int) -> dict[str, Any]:
+    """Return what is pickled in large pieces, some of them twice, with arrays and small ones."""
+    found: dict[str, Any] = {}
+    for number in range(count):
+        found[f"bytes {number}"] = bytes([number]) * size
+        found[f"small {number}"] = b"small"
+        found[f"array {number}"] = np.full(20_000, number)
+        found[f"again {number}"] = found[f"bytes {number}"]
+    found["text"] = "ä" * (size // 2)
+    found["list"] = [bytearray(b"a" * size), ("b" * size,), b"c" * (size - 1), b"d" * (size + 1)]
+    return found
+
+
 def mixed(size: int) -> dict[str, Any]:
     return {
         "array": np.arange(size),

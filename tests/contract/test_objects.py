@@ -212,10 +212,23 @@ def test_what_is_changed_in_place_between_submissions_arrives_as_it_was(mode: st
         (tasks.arrays, (400, 66_000)),
         (tasks.mixed, (200_000,)),
         (bytes, (20 * MIB,)),
+        (tasks.large_parts, (2, 4 * MIB)),
+        (tasks.large_parts, (20, 4 * MIB + 7)),
         (list, (range(200_000),)),
         (dict, (zip(range(50_000), map(str, range(50_000)), strict=True),)),
     ],
-    ids=["array", "arrays", "large arrays", "many arrays", "mixed", "bytes", "list", "dict"],
+    ids=[
+        "array",
+        "arrays",
+        "large arrays",
+        "many arrays",
+        "mixed",
+        "bytes",
+        "large parts",
+        "many large parts",
+        "list",
+        "dict",
+    ],
 )
 def test_results_of_all_kinds_come_back(
     mode: str, fn: Callable[..., Any], args: tuple[Any, ...]
