@@ -38,6 +38,8 @@ __all__ = ["ModuleState", "OfScript", "apply", "at", "collect", "take"]
 
 _MOST_BYTES = 1 << 20
 """Most bytes of one value, and of all together: workers get them with their first message."""
+_MOST_LOOKED_AT = 16 << 20
+"""Bytes of data in modules after which further modules are not looked at, as that takes time."""
 _ATOMS = frozenset({bool, bytes, complex, float, int, NoneType, str})
 _CODE = (BuiltinFunctionType, FunctionType, ModuleType, type)
 _ABSENT = object()
@@ -178,44 +180,69 @@ class OfScript:
 
 
 def collect() -> ModuleState:
-    """Return the data in the user's own modules. It raises no exception."""
+    """Return the data in the user's own modules. It raises no exception.
+
+    If they are too large together, the largest modules are left out. Workers log which.
+    """
     own = own_modules()
-    contents = [(name, list(_values(sys.modules.get(name)))) for name in own]
-    texts = (value for _, values in contents for _, value in values if type(value) in (bytes, str))
-    size = sum(len(value) for value in texts if len(value) <= _MOST_BYTES)
     dumper = _Dumper(frozenset(own))
-    found: list[tuple[str, list[tuple[Place, str, Any]]]] = []
-    places: dict[int, tuple[Place, bytes]] = {}
-    of_script: list[Place] = []
-    for name, values in contents:
-        if size > _MOST_BYTES:
+    all_of_them: list[_Found] = []
+    looked_at = 0
+    for name in own:
+        if looked_at <= _MOST_LOOKED_AT:
+            all_of_them.append(_look_at(name, dumper))
+            looked_at += all_of_them[-1].size
+    room = _MOST_BYTES
+    left_out = set(own)
+    for module in sorted(all_of_them, key=lambda each: each.size):
+        room -= module.size
+        if room < 0:
             break
-        entries: list[tuple[Place, str, Any]] = []
-        for place, value in values:
-            kind = type(value)
-            data: Any = value
-            if kind in (bytes, str):
-                data = value if len(value) <= _MOST_BYTES else _Unsent()
-            elif kind not in _ATOMS:
-                pickled, has_script = dumper.dumps(value)
-                if has_script:
-                    of_script.append((name, *place))
-                    if not isinstance(value, _CODE):
-                        places[id(value)] = (name, *place), b""
-                    continue
-                data = _Unsent() if pickled is None else _Pickled(pickled)
-                if pickled is not None:
-                    size += len(pickled)
-                    if kind is not tuple and kind is not frozenset and kind.__module__ != "numpy":
-                        places[id(value)] = (name, *place), pickled
-            entries.append(((name, *place), _class_of(value), data))
-        if entries:
-            found.append((name, entries))
-    if size > _MOST_BYTES:
-        return ModuleState(pickle.dumps((frozenset(own), None), protocol=5))
-    return ModuleState(
-        pickle.dumps((frozenset(own), found), 5) if found else b"", places, of_script
-    )
+        left_out.remove(module.name)
+    found = [module for module in all_of_them if module.name not in left_out]
+    sent = [(module.name, module.entries) for module in found if module.entries]
+    places = {key: value for module in found for key, value in module.places.items()}
+    of_script = [place for module in found for place in module.of_script]
+    if not (sent or left_out):
+        return ModuleState(places=places, of_script=of_script)
+    return ModuleState(pickle.dumps((frozenset(own), sent, left_out), 5), places, of_script)
+
+
+class _Found:
+    """The data of one module, and their size in bytes, which is too large if not all were read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.size = 0
+        self.entries: list[tuple[Place, str, Any]] = []
+        self.places: dict[int, tuple[Place, bytes]] = {}
+        self.of_script: list[Place] = []
+
+
+def _look_at(name: str, dumper: _Dumper) -> _Found:
+    found = _Found(name)
+    for place, value in _values(sys.modules.get(name)):
+        kind = type(value)
+        data: Any = value
+        if kind in (bytes, str):
+            data = value if len(value) <= _MOST_BYTES else _Unsent()
+            found.size += len(value) if data is value else 0
+        elif kind not in _ATOMS:
+            pickled, has_script = dumper.dumps(value)
+            if has_script:
+                found.of_script.append((name, *place))
+                if not isinstance(value, _CODE):
+                    found.places[id(value)] = (name, *place), b""
+                continue
+            data = _Unsent() if pickled is None else _Pickled(pickled)
+            if pickled is not None:
+                found.size += len(pickled)
+                if kind is not tuple and kind is not frozenset and kind.__module__ != "numpy":
+                    found.places[id(value)] = (name, *place), pickled
+        if found.size > _MOST_BYTES:
+            break
+        found.entries.append(((name, *place), _class_of(value), data))
+    return found
 
 
 class _Unsent:
@@ -264,10 +291,9 @@ def apply(data: bytes) -> None:
     """Set in the user's own modules what the client has set there, once each has been imported."""
     if not data:
         return
-    own, found = pickle.loads(data)
-    if found is None:
-        _log.debug("what the program has set in its own modules is too large to be sent")
-        return
+    own, found, left_out = pickle.loads(data)
+    for name in left_out:
+        _log.debug("%s stays as imported: modules hold more than 1 MiB of data", name)
     # What hooks of these modules have done when the script's classes were made is carried over.
     hooked.update(
         name for name, entries in found if not any(type(data) is _Unsent for _, _, data in entries)

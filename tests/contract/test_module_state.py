@@ -205,3 +205,29 @@ def test_modules_with_too_much_stay_as_they_are_imported(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    "tables", [["'x' * 300_000"] * 4, ["[f'{i:0999}' for i in range(1000)]"] * 30]
+)
+def test_a_module_with_too_much_does_not_keep_others_from_what_they_were_given(
+    tmp_path: Path, tables: list[str]
+) -> None:
+    """Neither one that is imported before nor one that is imported after it."""
+    text = "rate = 1\n" + "".join(f"table{i} = {table}\n" for i, table in enumerate(tables))
+    (tmp_path / "tables.py").write_text(text)
+    for name in ("before", "within"):
+        (tmp_path / f"{name}.py").write_text("rate = 1\n")
+    program = """
+import before, tables, within
+from cloudexec import BatchExecutor
+
+def rates():
+    return before.rate, tables.rate, within.rate
+
+if __name__ == "__main__":
+    before.rate = tables.rate = within.rate = 5
+    with BatchExecutor(1) as executor:
+        print(*executor.submit(rates).result(60))
+"""
+    assert _run(tmp_path, program) == ["5 1 5"]
