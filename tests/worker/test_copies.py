@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -371,6 +372,34 @@ def test_memory_is_allocated_without_locks(has_threads: bool, tmp_path: Path) ->
         """,
     )
     assert found == [r"b'\x01'"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep other amounts")
+@pytest.mark.parametrize("has_threads", [False, True], ids=["copy", "fresh"])
+def test_memory_that_a_task_frees_is_used_again(has_threads: bool, tmp_path: Path) -> None:
+    """Or each array that a calculation makes and drops takes fresh pages of the system."""
+    found = run_script(
+        tmp_path,
+        f"""
+        import resource, threading
+        from cloudexec import BatchExecutor
+
+        def faults():
+            for turn in range(110):
+                if turn == 10:
+                    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                some = [bytearray(200_000) for _ in range(8)]
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        go_on = threading.Event()
+        if {has_threads}:
+            threading.Thread(target=go_on.wait).start()
+        with BatchExecutor(1) as executor:
+            print(executor.submit(faults).result())
+        go_on.set()
+        """,
+    )
+    assert int(found[0]) < 1000  # 18,000 if each turn takes fresh pages
 
 
 def test_the_other_end_of_what_the_client_closes_sees_that(tmp_path: Path) -> None:
