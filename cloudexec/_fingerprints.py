@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 from cloudexec import _main
 from cloudexec._annotations import CLASS_NAMES, evaluated
+from cloudexec._describing import is_a
 
 __all__ = ["Definition", "Fingerprint", "Unstable", "lookup", "travels_by_value"]
 
@@ -166,7 +167,7 @@ class Definition:
 
 
 def _part_of(value: Any) -> _Watched:
-    if isinstance(value, type):
+    if is_a(value, type):
         return _Class(value)
     if type(value) is FunctionType:
         return _Part(value, kept=True)
@@ -206,7 +207,7 @@ class _Class:
         yield from self._cls.__bases__
         yield from (evaluated(self._cls) or {}).values()
         for name, value in self._names.items():
-            if isinstance(value, _OF_CLASS) or name in _SETTLED or name in CLASS_NAMES:
+            if is_a(value, _OF_CLASS) or name in _SETTLED or name in CLASS_NAMES:
                 continue
             if type(value) in (staticmethod, classmethod):
                 yield value.__func__

@@ -26,7 +26,7 @@ import cloudpickle
 
 from cloudexec import _main, _payload
 from cloudexec._core.tasks import FunctionStats
-from cloudexec._describing import attribute_of, is_interrupt
+from cloudexec._describing import attribute_of, is_a, is_interrupt
 from cloudexec._fingerprints import Fingerprint, lookup, travels_by_value
 from cloudexec._module_state import ModuleState
 from cloudexec._objects.ref import Ref
@@ -453,7 +453,7 @@ def _is_constant(value: object, depth: int = 4) -> bool:
     kind = type(value)
     if kind is tuple or kind is frozenset:
         return depth > 0 and all(_is_constant(item, depth - 1) for item in value)  # type: ignore[attr-defined]
-    return kind in _CONSTANT or isinstance(value, (type, ModuleType))
+    return kind in _CONSTANT or is_a(value, (type, ModuleType))
 
 
 def _plain(fn: Callable[..., Any]) -> bytes:

@@ -21,6 +21,7 @@ from typing import Any
 
 import cloudpickle
 
+from cloudexec._describing import is_a
 from cloudexec._errors import PayloadError
 
 __all__ = [
@@ -124,8 +125,8 @@ class Former:
         first, *rest = qualname.split(".")
         found = self.space.get(first)
         for name in rest:
-            found = vars(found).get(name) if isinstance(found, type) else None
-        if not isinstance(found, type) or found in self._taken:
+            found = vars(found).get(name) if is_a(found, type) else None
+        if not is_a(found, type) or found in self._taken:
             return None
         if type(found) is not meta or found.__bases__ != bases or found.__module__ not in NAMES:
             return None
@@ -194,7 +195,7 @@ def _defined(qualname: str) -> type | None:
         found: Any = _run_again(*way)[qualname] if way is not None else None
     except Exception:
         return None
-    if isinstance(found, type):
+    if is_a(found, type):
         type.__setattr__(found, "__module__", "__main__")
         _only_defined.add(found)
         return found
@@ -374,7 +375,7 @@ def _run_again(way: str, where: str) -> dict[str, Any]:
 
 def _is_current(value: object) -> bool:
     """Return whether a value is a class of no library that was imported anew."""
-    if not isinstance(value, type):
+    if not is_a(value, type):
         return False
     for each in (type(value), *value.__mro__):
         if each.__module__ not in NAMES:
@@ -398,7 +399,7 @@ def _take_again(way: str, where: str, kinds: dict[str, str]) -> dict[str, Any]:
             )
     taken = {name: found[name] for name in kinds}
     for cls in taken.values():
-        if isinstance(cls, type) and cls.__module__ in NAMES:
+        if is_a(cls, type) and cls.__module__ in NAMES:
             type.__setattr__(cls, "__module__", "__main__")
     for each, cls in instances_in(taken):
         mine: Any = sys.modules["__main__"]
@@ -424,7 +425,7 @@ def instances_in(value: Any) -> Iterator[tuple[Any, type]]:
             waiting += each.values()
         elif kind in (list, tuple, set):
             waiting += each
-        elif kind.__module__ in NAMES and not isinstance(each, type):
+        elif kind.__module__ in NAMES and not is_a(each, type):
             yield each, kind
             waiting += getattr(each, "__dict__", {}).values()
 

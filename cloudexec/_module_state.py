@@ -231,7 +231,7 @@ def _look_at(name: str, dumper: _Dumper) -> _Found:
             pickled, has_script = dumper.dumps(value)
             if has_script:
                 found.of_script.append((name, *place))
-                if not isinstance(value, _CODE):
+                if not issubclass(kind, _CODE):
                     found.places[id(value)] = (name, *place), b""
                 continue
             data = _Unsent() if pickled is None else _Pickled(pickled)
@@ -269,9 +269,9 @@ def _values(module: ModuleType | None) -> Iterator[tuple[Place, Any]]:
         kind = type(value)
         if kind in _ATOMS:
             yield (name,), value
-        elif isinstance(value, ModuleType):
+        elif issubclass(kind, ModuleType):
             continue
-        elif not isinstance(value, _CODE) or getattr(value, "__module__", "") in NAMES:
+        elif not issubclass(kind, _CODE) or getattr(value, "__module__", "") in NAMES:
             yield (name,), value
         elif kind in (type, ABCMeta) and value.__module__ == own and value.__name__ == name:
             for attribute, each in list(vars(value).items()):

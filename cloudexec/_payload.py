@@ -222,11 +222,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _reduce(self, obj: Any) -> Any:
         if self._enclosed and (reduced := reduce_anew(obj)) is not None:
             return reduced
+        kind = type(obj)
+        if kind is not FunctionType and not issubclass(kind, type):
+            # cloudpickle takes a proxy, such as wrapt makes, for the function that it stands for.
+            return NotImplemented
         # Where this returns NotImplemented, pickle would go on with ``obj`` and not with the copy.
-        reduced = super().reducer_override(
-            with_annotations(obj) if type(obj) is FunctionType else obj
-        )
-        if type(reduced) is tuple and isinstance(obj, type) and len(reduced) == 6:
+        reduced = super().reducer_override(with_annotations(obj) if kind is FunctionType else obj)
+        if type(reduced) is tuple and kind is not FunctionType and len(reduced) == 6:
             settle(obj, reduced[2][0])
             if "__slots__" in vars(obj):
                 _keep_slots(obj, reduced)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from importlib.util import resolve_name
 from types import ModuleType
 
+from cloudexec._describing import is_a
 from cloudexec._modules import installed_directories
 
 __all__ = ["modules_of"]
@@ -116,7 +117,7 @@ def _named(module: ModuleType) -> Iterator[str]:
     for name, value in list(vars(module).items()):
         if not name.isidentifier():
             continue
-        if isinstance(value, ModuleType):
+        if is_a(value, ModuleType):
             yield value.__name__
         elif type(value).__name__ in ("function", "builtin_function_or_method", "type"):
             yield str(getattr(value, "__module__", ""))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
+from cloudexec._describing import is_a
 from cloudexec._main import NAMES, namespace
 from cloudexec._modules import own_modules
 
@@ -73,7 +74,7 @@ def registrations() -> Iterator[Registration]:
         (abstract, cls)
         for module in _ABSTRACT
         for abstract in list(vars(sys.modules.get(module, sys)).values())
-        if isinstance(abstract, type) and hasattr(abstract, "_abc_impl")
+        if is_a(abstract, type) and hasattr(abstract, "_abc_impl")
         for cls in _registered_with(abstract)
         if _is_of_script(cls)
     ]
@@ -122,7 +123,10 @@ def _parts(key: object) -> tuple[object, ...]:
 
 
 def _is_of_script(value: object) -> bool:
-    return isinstance(value, (FunctionType, type)) and value.__module__ in NAMES
+    # What a class has for ``__class__`` and ``__module__`` may be a property that raises.
+    if is_a(value, type):
+        return _module_of(value) in NAMES
+    return is_a(value, FunctionType) and value.__module__ in NAMES
 
 
 def _registered_with(abstract: type) -> list[object]:

@@ -202,7 +202,7 @@ class _Snapshot:
         for name, value in names:
             if _is_definition(name, value):
                 self.definitions[name] = self._kept[name] = value
-            elif isinstance(value, _DEFINED):
+            elif is_a(value, _DEFINED):
                 self._kept[name] = value
             else:
                 self._kinds[name] = type(value)  # the value may be too large to keep it alive
@@ -395,7 +395,7 @@ class Script(Generic[F]):
             if link in found:
                 function = self._number(found[link], found, numbered)
                 # A worker changes a class in place, so what refers to it need not be sent again.
-                if not isinstance(space.get(link), type):
+                if not is_a(space.get(link), type):
                     behind.append(function)
         if each.function is None or each.behind != behind:
             module = ""
@@ -461,7 +461,7 @@ class Script(Generic[F]):
         stable = len(values) == len(each.names)
         try:
             for name, value in values.items():
-                if isinstance(value, (str, bytes)) and len(value) > _HELD_BYTES:
+                if is_a(value, (str, bytes)) and len(value) > _HELD_BYTES:
                     raise Unstable
                 watch.append((name, Definition(value, self._by_value or ())))
         except Exception:
@@ -487,12 +487,12 @@ class Script(Generic[F]):
 
     def _shared(self, values: list[Any]) -> dict[int, str]:
         """Return the names of globals whose objects must not be copied, by the objects' ids."""
-        if all(isinstance(value, _ALONE) for value in values):
+        if all(is_a(value, _ALONE) for value in values):
             return {}
         if self._shared_now is None:
             self._shared_now = {}
             for name, value in list(_main.namespace().items()):
-                if isinstance(value, (*_NOT_SHARED, type)) or name.startswith("__"):
+                if is_a(value, (*_NOT_SHARED, type)) or name.startswith("__"):
                     continue
                 if type(value) not in _main.NAMED or _main.name_of(value) is None:
                     self._shared_now.setdefault(id(value), name)
@@ -545,7 +545,7 @@ def _may_change(value: Any) -> bool:
 
 def _depth(value: Any) -> tuple[bool, int]:
     """Return a sort key that puts metaclasses first, then base classes, then all other globals."""
-    if not isinstance(value, type):
+    if not is_a(value, type):
         return True, sys.maxsize
     return not issubclass(value, type), len(type.mro(value))
 
@@ -583,7 +583,7 @@ def _is_definition(name: str, value: Any) -> bool:
 
 def _names_in_annotations(value: Any) -> Iterator[str]:
     """Yield the names in annotations that are strings, as these are evaluated at run time."""
-    if isinstance(value, (FunctionType, type)):
+    if is_a(value, (FunctionType, type)):
         for each in annotations_of(value).values():
             if type(each) is str:
                 yield from names_in(each)
@@ -591,9 +591,9 @@ def _names_in_annotations(value: Any) -> Iterator[str]:
 
 def _imported_from(value: Any) -> str:
     """Return the name of the module that a value is or is imported from, or ``""``."""
-    if isinstance(value, ModuleType):
+    if is_a(value, ModuleType):
         return value.__name__ if sys.modules.get(value.__name__) is value else ""
-    if isinstance(value, (FunctionType, BuiltinFunctionType, type)) and lookup(value) is value:
+    if is_a(value, (FunctionType, BuiltinFunctionType, type)) and lookup(value) is value:
         return value.__module__
     return ""
 

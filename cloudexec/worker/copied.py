@@ -128,10 +128,13 @@ def _forget_thread_locals() -> bool:
     is_gone = True
     for each in gc.get_objects():
         if issubclass(type(each), threading.local):
-            _kept.append(dict(each.__dict__))
-            each.__dict__.clear()
             # Python calls this method for each further thread, with arguments that are not known.
             is_gone = is_gone and type(each).__init__ is object.__init__
+            try:
+                _kept.append(dict(each.__dict__))
+                each.__dict__.clear()
+            except Exception:  # that method raises it, as this thread had not used the object yet
+                continue
     return is_gone
 
 
@@ -294,13 +297,13 @@ def _forget_what_is_imported(former: ModuleType, own: list[str]) -> None:
     gone = {*own, "__mp_main__"}
     space = vars(former)
     for name, value in list(space.items()):
-        at = value.__name__ if isinstance(value, ModuleType) else _module_of(value)
+        at = value.__name__ if issubclass(type(value), ModuleType) else _module_of(value)
         if at in gone or at.partition(".")[0] == "cloudexec":
             _kept.append(space.pop(name))
 
 
 def _module_of(value: object) -> str:
-    named = value if isinstance(value, (FunctionType, type)) else type(value)
+    named = value if issubclass(type(value), (FunctionType, type)) else type(value)
     module = named.__module__
     return module if isinstance(module, str) else ""
 

@@ -480,3 +480,53 @@ def test_cells_that_define_something_anew_are_followed(tmp_path: Path) -> None:
     nbclient.NotebookClient(book, timeout=60).execute(cwd=str(tmp_path))
     texts = ["".join(output.get("text", "") for output in cell.outputs) for cell in book.cells]
     assert texts[1:] == ["(1, 1) (2, 1)\n", "(3, 2)\n", "True\n"]
+
+
+@pytest.mark.parametrize("way", ["copy", "fresh"])
+def test_a_proxy_is_not_taken_for_the_function_that_it_stands_for(tmp_path: Path, way: str) -> None:
+    """What a decorator of wrapt does holds in tasks; a process pool cannot send it by itself."""
+    proxies = """
+class Decorated:
+    # As a proxy of wrapt, it says that it is a function, and has what that has.
+    def __init__(self, function):
+        self.__dict__["_function"] = function
+
+    @property
+    def __class__(self):
+        return type(self._function)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_function"], name)
+
+    def __call__(self, *args):
+        return self._function(*args) + 1
+
+    def __reduce_ex__(self, protocol):
+        raise NotImplementedError("object proxy must define __reduce_ex__()")
+"""
+    (tmp_path / "proxies.py").write_text(proxies)
+    text = """
+        import sys, threading
+        from cloudexec import BatchExecutor, PayloadError
+        from proxies import Decorated
+
+        @Decorated
+        def work(x):
+            return x + 1
+
+        def call(x):
+            return work(x)
+
+        if __name__ == "__main__":
+            go_on = threading.Event()
+            if sys.argv[1] == "fresh":
+                threading.Thread(target=go_on.wait).start()
+            with BatchExecutor(1) as executor:
+                print(executor.submit(call, 1).result(), *executor.map(call, [1, 2]))
+                try:
+                    executor.submit(work, 1).result()
+                except PayloadError as error:
+                    print("must define __reduce_ex__" in str(error))
+            go_on.set()
+    """
+    assert run_script(tmp_path, text, way) == "3 3 4\nTrue\n"

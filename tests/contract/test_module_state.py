@@ -231,3 +231,44 @@ if __name__ == "__main__":
         print(*executor.submit(rates).result(60))
 """
     assert _run(tmp_path, program) == ["5 1 5"]
+
+
+_LAZY = """
+class Lazy:
+    \"\"\"Stands for an object that is made when it is first used, and cannot be made here.\"\"\"
+
+    @property
+    def __class__(self):
+        raise RuntimeError("it is not set up yet")
+
+
+settings = Lazy()
+rate = 1
+"""
+
+
+@pytest.mark.parametrize("way", ["copy", "fresh"])
+def test_objects_that_are_made_when_they_are_used_are_left_alone(tmp_path: Path, way: str) -> None:
+    """Such as settings of Django, wherever they are: a look at their class would make them."""
+    (tmp_path / "mine.py").write_text(_LAZY)
+    program = f"""
+import inspect, sys, threading
+import mine
+from mine import settings
+exec({_LAZY!r})
+exec({_LAZY!r}, vars(inspect))
+from cloudexec import BatchExecutor
+
+def rates():
+    return mine.rate, type(settings).__name__
+
+if __name__ == "__main__":
+    mine.rate = 5
+    go_on = threading.Event()
+    if sys.argv[1] == "fresh":
+        threading.Thread(target=go_on.wait).start()
+    with BatchExecutor(1) as executor:
+        print(*executor.submit(rates).result(60))
+    go_on.set()
+"""
+    assert _run(tmp_path, program, way) == ["5 Lazy"]

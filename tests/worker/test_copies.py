@@ -349,6 +349,39 @@ def test_a_task_has_no_thread_local_data_of_the_program(tmp_path: Path) -> None:
     assert found == ["({}, 1, None)", "2 2 2"]
 
 
+def test_thread_local_data_that_this_thread_cannot_have_do_no_harm(tmp_path: Path) -> None:
+    """A library may make an object in a thread of its own, and refuse other threads."""
+    found = run_script(
+        tmp_path,
+        '''
+        import inspect, threading
+        from cloudexec import BatchExecutor
+
+        library = """
+        import threading
+        class Strict(threading.local):
+            def __init__(self):
+                if threading.current_thread() is threading.main_thread():
+                    raise RuntimeError("not here")
+        def make():
+            global strict
+            strict = Strict()
+        """
+        exec(inspect.cleandoc(library), vars(inspect))
+        thread = threading.Thread(target=inspect.make)
+        thread.start()
+        thread.join()
+
+        def look():
+            return type(inspect.strict).__name__  # which a fresh interpreter does not have
+
+        with BatchExecutor(1) as executor:
+            print(executor.submit(look).result())
+        ''',
+    )
+    assert found == ["Strict"]
+
+
 @pytest.mark.parametrize("has_threads", [False, True], ids=["copy", "fresh"])
 def test_memory_is_allocated_without_locks(has_threads: bool, tmp_path: Path) -> None:
     """In a process with a second thread, or forked from one, glibc's malloc() takes locks."""
