@@ -53,7 +53,8 @@ def bytes_from(fill: Callable[[memoryview], int], size: int) -> bytes:
     """Return bytes that are filled in place, and not copied from a buffer.
 
     Args:
-        fill: Fills a buffer from its start, and returns how many bytes it has written.
+        fill: Fills a buffer from its start, and returns how many bytes it has written. It asks for
+            large pages itself.
         size: The largest number of bytes.
 
     References:
@@ -64,8 +65,6 @@ def bytes_from(fill: Callable[[memoryview], int], size: int) -> bytes:
     if not size:
         return data
     view = memoryview((ctypes.c_ubyte * size).from_address(address_of(data))).cast("B")
-    if size >= _LARGE_PAGES_FROM:
-        prefer_large_pages(view)
     done = fill(view)
     return data if done == size else data[:done]
 

@@ -56,10 +56,14 @@ def _prefer_large_pages(buffer: Any) -> None:
     prefer_large_pages(buffer)
 
 
-def _bytes_from(fill: Callable[[memoryview], int], size: int) -> bytes:
-    from cloudexec._memory import bytes_from
+def _read(readinto: Callable[[Any], int], size: int) -> bytes:
+    """Return up to ``size`` bytes; large ones are read into their object and not copied."""
+    if size >= LARGE:
+        from cloudexec._memory import bytes_from
 
-    return bytes_from(fill, size)
+        return bytes_from(readinto, size)
+    data = bytearray(size)
+    return bytes(memoryview(data)[: readinto(data)])
 
 
 class Source(Protocol):
@@ -132,10 +136,7 @@ class _RecordReader:
         if size < 0:
             raise pickle.UnpicklingError("unbounded read of a payload")
         self._check(size)
-        if size >= LARGE:
-            return _bytes_from(self.readinto, size)
-        data = bytearray(size)
-        return bytes(memoryview(data)[: self.readinto(data)])
+        return _read(self.readinto, size)
 
     def _check(self, size: int) -> None:
         if size > self._most:
@@ -227,10 +228,7 @@ class _Pieces:
     def read(self, size: int = -1) -> bytes:
         if size < 0:
             raise pickle.UnpicklingError("unbounded read of a payload")
-        if size >= LARGE:
-            return _bytes_from(self.readinto, size)
-        data = bytearray(size)
-        return bytes(memoryview(data)[: self.readinto(data)])
+        return _read(self.readinto, size)
 
     def readline(self) -> bytes:
         line = bytearray()

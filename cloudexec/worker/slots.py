@@ -119,6 +119,7 @@ class Slots:
         self._refork: asyncio.TimerHandle | None = None  # set while no further slot can be started
         self._trim_handle: asyncio.TimerHandle | None = None
         self._failed_starts = 0
+        self._is_broken = False  # whether the initializer has failed, so that no slot is started
         self._spill = False
         self._input = b""
         zygote.setblocking(False)
@@ -136,12 +137,13 @@ class Slots:
         """Start another slot.
 
         Returns:
-            The slot; ``None`` if too many files are open, but other slots exist.
+            The slot; ``None`` if too many files are open, but other slots exist, or if the
+            initializer has failed.
 
         Raises:
             OSError: If too many files are open, and no slot exists.
         """
-        if self._refork is not None:
+        if self._refork is not None or self._is_broken:
             return None
         self._numbers += 1
         try:
@@ -219,6 +221,11 @@ class Slots:
         """Note that a slot has reported an exception of its initializer."""
         slot.start_is_open = False
         self.kill(slot)
+        self._break(error)
+
+    def _break(self, error: bytes) -> None:
+        """Report that the initializer has failed, after which it does not run again here."""
+        self._is_broken = True
         self._answers.initializer_failed(error)
 
     # Their end.
@@ -303,7 +310,7 @@ class Slots:
         error = InitializerError(
             f"{_FAILED_STARTS} slots in a row ended before they were ready, the last one {why}"
         )
-        self._answers.initializer_failed(dumps_exception(error))
+        self._break(dumps_exception(error))
 
     def arrange_trim(self) -> None:
         """Set the timer that ends slots which have been idle for long."""

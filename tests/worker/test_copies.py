@@ -382,57 +382,47 @@ def test_thread_local_data_that_this_thread_cannot_have_do_no_harm(tmp_path: Pat
     assert found == ["Strict"]
 
 
-@pytest.mark.parametrize("has_threads", [False, True], ids=["copy", "fresh"])
-def test_memory_is_allocated_without_locks(has_threads: bool, tmp_path: Path) -> None:
+def run_task(tmp_path: Path, way: str, text: str) -> str:
+    """Call the function ``task`` in a copy of a program or in a fresh worker; return its result."""
+    program = f"""
+import ctypes, resource, threading
+from cloudexec import BatchExecutor
+{textwrap.dedent(text)}
+go_on = threading.Event()
+if {way == "fresh"}:
+    threading.Thread(target=go_on.wait).start()
+with BatchExecutor(1) as executor:
+    print(executor.submit(task).result())
+go_on.set()
+"""
+    return run_script(tmp_path, program)[0]
+
+
+@pytest.mark.parametrize("way", ["copy", "fresh"])
+def test_memory_is_allocated_without_locks(way: str, tmp_path: Path) -> None:
     """In a process with a second thread, or forked from one, glibc's malloc() takes locks."""
     if not hasattr(ctypes.CDLL(None), "__libc_single_threaded"):
         pytest.skip("this C library does not say whether it takes locks")
-    found = run_script(
-        tmp_path,
-        f"""
-        import ctypes, threading
-        from cloudexec import BatchExecutor
-
-        def is_single():
+    text = """
+        def task():
             return ctypes.c_char.in_dll(ctypes.CDLL(None), "__libc_single_threaded").value
-
-        go_on = threading.Event()
-        if {has_threads}:
-            threading.Thread(target=go_on.wait).start()
-        with BatchExecutor(1) as executor:
-            print(executor.submit(is_single).result())
-        go_on.set()
-        """,
-    )
-    assert found == [r"b'\x01'"]
+    """
+    assert run_task(tmp_path, way, text) == r"b'\x01'"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep other amounts")
-@pytest.mark.parametrize("has_threads", [False, True], ids=["copy", "fresh"])
-def test_memory_that_a_task_frees_is_used_again(has_threads: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["copy", "fresh"])
+def test_memory_that_a_task_frees_is_used_again(way: str, tmp_path: Path) -> None:
     """Or each array that a calculation makes and drops takes fresh pages of the system."""
-    found = run_script(
-        tmp_path,
-        f"""
-        import resource, threading
-        from cloudexec import BatchExecutor
-
-        def faults():
+    text = """
+        def task():
             for turn in range(110):
                 if turn == 10:
                     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 some = [bytearray(200_000) for _ in range(8)]
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-        go_on = threading.Event()
-        if {has_threads}:
-            threading.Thread(target=go_on.wait).start()
-        with BatchExecutor(1) as executor:
-            print(executor.submit(faults).result())
-        go_on.set()
-        """,
-    )
-    assert int(found[0]) < 1000  # 18,000 if each turn takes fresh pages
+    """
+    assert int(run_task(tmp_path, way, text)) < 1000  # 18,000 if each turn takes fresh pages
 
 
 def test_the_other_end_of_what_the_client_closes_sees_that(tmp_path: Path) -> None:
